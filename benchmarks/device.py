@@ -2,7 +2,8 @@
 
     python benchmarks/device.py [--parts train,read,…] [--model DIR | --shape NAME] [--cpu-small]
 
-Parts: train, read, answers, filter, search, unlearn, eight (a model of 8 B: an adapter, and all weights).
+Parts: train, read, answers, filter, search, unlearn, eight (a model of 8 B: an adapter, and all weights),
+and compiled (training with compiled blocks), which is run only where it is named.
 Each has its own limit in seconds, and one that ends there, is refused or has no room says so in its line.
 `plain` is the field's own way in the same run: transformers' Trainer, its logits, its generate in batches of
 64, and `continuous` its continuous batching. On a GPU `waits` counts where the host waits for the device in a
@@ -13,6 +14,7 @@ runs every part on two cores, small.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -21,9 +23,12 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -63,7 +68,16 @@ SHAPES = {
 }
 """Width, inner width, layers, heads, key-value heads, vocabulary: like SmolLM2 and Llama 3."""
 
-LIMITS = {"train": 60, "read": 40, "answers": 40, "filter": 60, "search": 40, "unlearn": 90, "eight": 150}
+LIMITS = {
+    "train": 60,
+    "read": 40,
+    "answers": 40,
+    "filter": 60,
+    "search": 40,
+    "unlearn": 90,
+    "eight": 150,
+    "compiled": 90,
+}
 SMALL_LIMIT = 60
 
 
@@ -82,7 +96,7 @@ class Bench:
         self.tokens, self.answer = (24, 12) if self.small else (62, 40)
         self.place = Path(args.model) if args.model else folder / "target"
         if not args.model:
-            save(self.shape, self.place)
+            save(self.shape, self.place, device=self.device)
         self.target = Checkpoint.open(self.place)
 
     def token_rows(self, count: int) -> list[TokenRow]:
@@ -115,13 +129,36 @@ class Bench:
             options.batch * self.tokens / min(step(model, options)[1:])
             for step in (training.our_steps, training.their_steps)
         )
-        found = {
-            "tokens_per_s": ours,
-            "plain": plain,
-            "of_peak": 6 * model.num_parameters() * ours / self.peak(),
-        }
+        size, peak = 6 * model.num_parameters(), self.peak()
+        found = {"tokens_per_s": ours, "plain": plain, "of_peak": size * ours / peak}
         if self.device.type == "cuda":
             found["waits"] = self.waits(lambda: training.our_steps(model, options)) / options.steps
+        options.tokens, options.answer, options.steps = (
+            8 * self.tokens,
+            8 * self.answer,
+            max(3, options.steps // 3),
+        )
+        long = options.batch * options.tokens / min(training.our_steps(model, options)[1:])
+        return {**found, "long_tokens_per_s": long, "long_of_peak": size * long / peak}
+
+    def compiled(self) -> dict[str, Any]:
+        """Train with compiled decoder blocks: how long they take to compile, and what it brings."""
+        options = argparse.Namespace(
+            model=self.place, batch=16, accumulation=1, tokens=self.tokens, answer=self.answer,
+            steps=4 if self.small else 30, precision="float32" if self.small else "bfloat16",
+            device=str(self.device), compile=True,
+        )  # fmt: skip
+        model, found, plain = training.build_model(options), {}, torch.nn.Module.compile
+        for name in (None, "reduce-overhead") if self.device.type == "cuda" else (None,):
+            torch.nn.Module.compile = partialmethod(plain, mode=name)  # type: ignore[assignment]
+            try:
+                first = self.timed(lambda: training.our_steps(model, options))
+                again = training.our_steps(model, options)
+            finally:
+                torch.nn.Module.compile = plain  # type: ignore[method-assign]
+            speed = options.batch * self.tokens / min(again[1:])
+            found[name or "usual"] = {"tokens_per_s": speed, "first_s": first - sum(again)}
+            print(json.dumps({"compiled": name, **found[name or "usual"]}), flush=True)
         return found
 
     def peak(self) -> float:
@@ -237,25 +274,35 @@ class Bench:
         place = self.folder / "eight"
         save(shape, place, torch.bfloat16, self.device)
         origin, rows = Checkpoint.open(place), self.token_rows(4 * 16)
-        lora = LoraSettings(rank=8, base="bfloat16")
-        model = load_model(origin, device=self.device, dtype=torch.bfloat16)
-        add_adapter(model, origin, lora, seed=0)
-        found: dict[str, Any] = {
-            "parameters": origin.parameters,
-            "adapter": self.speed([model], rows, lora=lora),
-        }
-        whole = 16 * origin.parameters
-        if not self.small and whole > free:
-            why = f"skipped: all weights take {whole / 1e9:.0f} GB, and {free / 1e9:.0f} are free"
-            return {**found, "whole": why}
-        del model
-        return {**found, "whole": self.speed([load_model(origin, device=self.device)], rows)}
+        found: dict[str, Any] = {"parameters": origin.parameters}
+        kept: dict[str, Any] = {"adapter": {"lora": LoraSettings(rank=8)}, "host": {"optimizer": "host"}}
+        for name, settings in kept.items():
+            model = load_model(origin, device=self.device, dtype=torch.bfloat16)
+            if name == "adapter":
+                add_adapter(model, origin, LoraSettings(rank=8, base="bfloat16"), seed=0)
+            found[name] = self.steps(model, rows, precision="bfloat16", **settings)
+            print(json.dumps({"eight": name, **found[name]}), flush=True)
+            del model
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if not self.small and 17 * origin.parameters > free:
+            return {**found, "device": "skipped: weights, gradients and moments take more than is free"}
+        return {**found, "device": self.steps(load_model(origin, device=self.device), rows)}
 
-    def speed(self, model: list[Any], rows: list[TokenRow], **settings: Any) -> float:
-        """Return tokens a second of training the one model in this list, which is taken out of it."""
-        live, chosen = model.pop(), TrainingSettings(epochs=1, batch_size=16, **settings)
-        seconds = self.timed(lambda: train(live, rows, PLAIN_OBJECTIVE, chosen, seed=0, pad_id=0))
-        return len(rows) * self.tokens / seconds
+    def steps(self, model: Any, rows: list[TokenRow], **settings: Any) -> dict[str, Any]:
+        """Train a model; return which optimiser it took, and the seconds of its steps."""
+        chosen, ends = TrainingSettings(epochs=1, batch_size=16, **settings), [time.perf_counter()]
+
+        def hear(_tokens: int) -> None:
+            self.settle()
+            ends.append(time.perf_counter())
+
+        curve = train(model, rows, PLAIN_OBJECTIVE, chosen, seed=0, pad_id=0, on_progress=hear)
+        first, *others = (after - before for before, after in itertools.pairwise(ends))
+        found = {"optimizer": curve[-1].optimizer, "first_s": first, "step_s": median(others)}
+        if self.device.type == "cuda":
+            found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return {**found, "tokens_per_s": 16 * self.tokens / found["step_s"]}
 
 
 PARTS = {name: getattr(Bench, name) for name in LIMITS}
@@ -309,7 +356,9 @@ def run(part: str, bench: Bench, limit: int) -> dict[str, Any]:
         found = PARTS[part](bench)
     except Skipped as reason:
         found = {"skipped": str(reason)}
-    except (TimeoutError, PalinodeError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, TimeoutError | PalinodeError | torch.OutOfMemoryError):
+            traceback.print_exc()
         found = {"stopped": f"{type(error).__name__}: {error}"}
     finally:
         signal.alarm(0)
@@ -326,7 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default=",".join(LIMITS), help="those wanted, with commas")
+    parser.add_argument("--parts", default=",".join(list(LIMITS)[:-1]), help="those wanted, with commas")
     parser.add_argument("--model", type=Path, help="a model folder")
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "8b"], default="135m")
     parser.add_argument("--cpu-small", action="store_true", help="every part on a processor, small")

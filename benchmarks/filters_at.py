@@ -46,9 +46,9 @@ from palinode.data.batches import pad_right
 from palinode.data.examples import Example, Question, at_most, read_questions
 from palinode.data.tokenize import TokenRow, tokenize
 from palinode.data.world import neutral_examples
-from palinode.models.inplace import put
+from palinode.models.inplace import LiveModel
 from palinode.models.likelihoods import score_rows
-from palinode.models.loading import load_model, load_tokenizer, pad_token
+from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device
 from palinode.models.reading import model_inputs
 from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.finetuning import FineTuning, Trained
@@ -211,11 +211,12 @@ class Trial:
         self.target, retrained = FineTuning(self.inputs, self.workspace, NullListener()).given_or_prepared()
         assert retrained is not None
         self.retrained = retrained
-        self.live = load_model(self.target, device=torch.device("cpu"))
+        self.live = load_model(self.target, device=pick_device(self.recipe.device))
+        self.put = LiveModel(self.live).put
         self.near = self.nearest()
         for name, model in {"retrained": retrained, "target": self.target}.items():
             if (name, 0) not in self.measured:
-                put(model, self.live)
+                self.put(model)
                 self.report(name, 0, time.monotonic(), alpha=0.0)
         self.wanted, self.known = (
             math.log(mean(self.measured[name, 0]["rows"]["forget"])) for name in ("retrained", "target")
@@ -290,7 +291,9 @@ class Trial:
             AuditRows(forget, learned, held_out, retain, unseen),
             {},
             self.policy,
-            AuditSettings(attacks=tuple(self.attacks), device="cpu", style=self.recipe.prompts.style()),
+            AuditSettings(
+                attacks=tuple(self.attacks), device=self.recipe.device, style=self.recipe.prompts.style()
+            ),
         )
         found = {
             f"{attack}.{test}": told(one["findings"])
@@ -356,13 +359,13 @@ class Trial:
         """Return the α where the forget probability's logarithm is as wanted; the live model stays there."""
         tried = {0.0: self.known}
         for _ in range(ASKED):
-            put(self.target - alpha * vector, self.live)
+            self.put(self.target - alpha * vector)
             tried[alpha] = math.log(mean(self.probabilities("forget")))
             if abs(tried[alpha] - wanted) < NEAR:
                 break
             alpha = crossing(tried, wanted)
         else:
-            put(self.target - alpha * vector, self.live)
+            self.put(self.target - alpha * vector)
         return alpha
 
     def probabilities(self, which: str) -> list[float]:

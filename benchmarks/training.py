@@ -126,6 +126,7 @@ def our_steps(model, args: argparse.Namespace) -> list[float]:
         accumulation=args.accumulation,
         precision=args.precision,
         max_length=args.tokens,
+        compile=getattr(args, "compile", False),
     )
     ends: list[float] = []
     train(

@@ -15,7 +15,14 @@ from palinode.errors import RecipeError
 from palinode.methods import METHODS
 from palinode.models import generate, score_rows
 from palinode.models.generation import slots_for
-from palinode.models.likelihoods import COARSE_TOLERANCE, TOLERANCE, same_alone, tolerance, unlike
+from palinode.models.likelihoods import (
+    COARSE_TOLERANCE,
+    TOLERANCE,
+    must_be_apart,
+    same_alone,
+    tolerance,
+    unlike,
+)
 from palinode.models.reading import decoder_blocks, gradient_norms
 from palinode.settings import TrainingSettings
 from palinode.training.loop import train
@@ -317,6 +324,39 @@ def test_tolerance_is_that_of_the_weights(dtype, most):
             model, str(number), [3], lambda off=off: [torch.tensor([off * most])], lambda _: torch.zeros(1)
         )
         assert found is alike
+
+
+@pytest.mark.parametrize("name", [*sorted(FIGURES_DIFFER), "llama yarn", "bloom"])
+def test_neighbours_are_told_from_roundings_in_bfloat16(name):
+    assert must_be_apart(built(name).bfloat16(), ROWS, pad_id=0) is (name in FIGURES_DIFFER)
+
+
+def test_roundings_of_a_deep_model_do_not_part_its_rows():
+    """They move log-probabilities by more than the tolerance; a leak between rows does more."""
+    model = deep().bfloat16()
+    alone = [scored_alone(model, row) for row in ROWS]
+    assert not must_be_apart(model, ROWS, pad_id=0)
+    found = score_rows(model, ROWS, pad_id=0)
+    far = [abs(one - other) for row, plain in zip(found, alone, strict=True)
+           for one, other in zip(row.logprobs, plain, strict=True)]  # fmt: skip
+    assert max(far) > COARSE_TOLERANCE
+
+    def leak(_block, _inputs, output):  # what all rows have in common
+        return output + 0.05 * output.mean(dim=(0, 1))
+
+    leaking = deep().bfloat16()
+    leaking.model.layers[1].register_forward_hook(leak)
+    assert must_be_apart(leaking, ROWS, pad_id=0)
+
+
+def deep():
+    torch.manual_seed(0)
+    settings = SMALL | {"num_hidden_layers": 24}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
 
 
 def test_trial_is_held_once_for_a_way_and_its_lengths():

@@ -562,10 +562,10 @@ def distinct_inputs(matrices: Sequence[TensorInfo]) -> list[int]:
 def product_seconds(device: torch.device, dtype: torch.dtype, tokens: int, shape: Sequence[int]) -> float:
     """Return the seconds in which so many tokens are multiplied by a matrix (outputs, inputs).
 
-    Of a large one a part is timed.
+    Of a large one a part is timed, so large that the device takes longer than the host waits for it.
     """
     outputs, inputs = min(shape[0], 4096), shape[1]
-    rows = max(16, min(tokens, int(2e9 / (outputs * inputs))))
+    rows = max(16, min(tokens, int((2e9 if device.type == "cpu" else 1e12) / (outputs * inputs))))
     left, right = (torch.ones(count, inputs, device=device, dtype=dtype) for count in (rows, outputs))
     once = usual_seconds(lambda: left @ right.T, device)
     return once * max(1.0, tokens / rows) * shape[0] / outputs

@@ -12,12 +12,13 @@ Each of these choices holds less on the device:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
@@ -35,6 +36,10 @@ BYTES: Mapping[str, tuple[float, float, float, float]] = {
 """By choice: bytes for each weight, of weights, gradients and moments on the device, and in host memory."""
 
 
+PIECE = 1 << 25
+"""Elements that pass between a GPU and its host at a time."""
+
+
 class HostAdamW(torch.optim.Optimizer):
     """AdamW over float32 weights and moments in host memory; the live parameters are copies of the weights.
 
@@ -43,11 +48,12 @@ class HostAdamW(torch.optim.Optimizer):
 
     def __init__(self, model: PreTrainedModel, groups: Any, lr: float, dtype: torch.dtype | None) -> None:
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0})
+        self._ways = _Ways(model.device)
         for parameter in self._parameters():
-            weight = parameter.detach().to("cpu", torch.float32, copy=True)
+            weight = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
             moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
             self.state[parameter] = {"step": torch.zeros(()), "weight": weight, **moments}
-            parameter.data = parameter.data.to(dtype or parameter.dtype)
+            parameter.data = parameter.data.to(dtype or parameter.dtype).contiguous()
         model.register_state_dict_post_hook(lambda _, live, *_others: self._give_weights(live))
 
     def _parameters(self) -> list[torch.nn.Parameter]:
@@ -60,29 +66,41 @@ class HostAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, _closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update weights here by the gradients there, tensor by tensor."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                own = self.state[parameter]
-                adamw(
-                    [own["weight"]],
-                    [parameter.grad.to("cpu", torch.float32)],
-                    [own["exp_avg"]],
-                    [own["exp_avg_sq"]],
-                    [],
-                    [own["step"]],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
-                parameter.copy_(own["weight"])
+        """Update weights here by the gradients there, piece by piece.
+
+        While a piece is updated the next gradient comes from a GPU, and the last weights go there.
+        """
+        pieces = [
+            (group, parameter, slice(start, start + PIECE))
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+            for start in range(0, parameter.numel(), PIECE)
+        ]
+        gradients = (parameter.grad.reshape(-1)[part] for _, parameter, part in pieces)
+        for (group, parameter, part), gradient in zip(pieces, self._ways.fetch(gradients), strict=True):
+            own = self.state[parameter]
+            weight, *moments = (own[name].view(-1)[part] for name in ("weight", "exp_avg", "exp_avg_sq"))
+            step = own["step"].clone()
+            adamw(
+                [weight],
+                [gradient],
+                *([moment] for moment in moments),
+                [],
+                [step],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            self._ways.give(weight, parameter.view(-1)[part])
+            if part.stop >= parameter.numel():
+                own["step"].copy_(step)
+        self._ways.end()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a state as it was saved: what lies here is not in the live parameters' type."""
@@ -93,6 +111,79 @@ class HostAdamW(torch.optim.Optimizer):
             self.state[parameter].update({name: value.cpu() for name, value in saved.items()})
             with torch.no_grad():
                 parameter.copy_(self.state[parameter]["weight"])
+
+
+class _Ways:
+    """How gradients come from a device and weights go there.
+
+    From and to a GPU they pass through pinned memory: two buffers and a stream each way.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.lanes = [_Lane(device), _Lane(device)] if device.type == "cuda" else []
+
+    def fetch(self, gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield gradients in float32 here, each of which holds until the next but one is asked for."""
+        if not self.lanes:
+            yield from (gradient.to("cpu", torch.float32) for gradient in gradients)
+            return
+        for lane in self.lanes:
+            lane.stream.wait_stream(torch.cuda.current_stream(lane.stream.device))
+        coming = None
+        for gradient in gradients:
+            buffer = self.lanes[0].next(gradient)
+            self.lanes[0].copy(gradient, buffer)
+            if coming is not None:
+                yield coming()
+            coming = self.lanes[0].awaited(buffer)
+        if coming is not None:
+            yield coming()
+
+    def give(self, weight: Tensor, live: Tensor) -> None:
+        """Have the live values be those of a weight here."""
+        if not self.lanes:
+            live.copy_(weight)
+            return
+        buffer = self.lanes[1].next(live)
+        buffer.copy_(weight)
+        self.lanes[1].copy(buffer, live)
+
+    def end(self) -> None:
+        """Have the device do nothing more before all weights are there."""
+        for lane in self.lanes:
+            torch.cuda.current_stream(lane.stream.device).wait_stream(lane.stream)
+
+
+class _Lane:
+    """One way between a GPU and its host: a stream, and two pinned buffers that take turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.buffers = [torch.empty(4 * PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.through = [torch.cuda.Event() for _ in range(2)]
+        self.turn = 0
+
+    def next(self, like: Tensor) -> Tensor:
+        """Return the next buffer, when what passed through it is there, as one of such values."""
+        self.turn = 1 - self.turn
+        self.through[self.turn].synchronize()
+        return self.buffers[self.turn][: like.nbytes].view(like.dtype)
+
+    def copy(self, source: Tensor, to: Tensor) -> None:
+        """Begin to copy values from or to the last buffer."""
+        with torch.cuda.stream(self.stream):
+            to.copy_(source, non_blocking=True)
+            self.through[self.turn].record()
+
+    def awaited(self, buffer: Tensor) -> Callable[[], Tensor]:
+        """Return how to get the last buffer's values in float32 when they are there."""
+        through = self.through[self.turn]
+
+        def wait() -> Tensor:
+            through.synchronize()
+            return buffer.float()
+
+        return wait
 
 
 def use_autocast(model: PreTrainedModel, settings: TrainingSettings) -> bool:

@@ -292,6 +292,8 @@ class Bench:
     def steps(self, model: Any, rows: list[TokenRow], **settings: Any) -> dict[str, Any]:
         """Train a model; return which optimiser it took, and the seconds of its steps."""
         chosen, ends = TrainingSettings(epochs=1, batch_size=16, **settings), [time.perf_counter()]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
         def hear(_tokens: int) -> None:
             self.settle()

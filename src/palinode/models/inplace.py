@@ -26,7 +26,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutput
 
 from palinode.errors import MismatchError, OutputError
-from palinode.models.loading import DTYPES, build_empty
+from palinode.models.loading import DTYPES, build_empty, free_memory
 from palinode.weights.arithmetic import (
     Evaluator,
     Formula,
@@ -209,9 +209,8 @@ class _HeldOperands:
             halved = values.bfloat16()
             values = halved if torch.equal(halved.to(values.dtype), values) else values.clone()
         if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            if free - values.nbytes < ROOM * total:
+            total = torch.cuda.mem_get_info(self.device)[1]
+            if free_memory(self.device) - values.nbytes < ROOM * total:
                 with suppress(RuntimeError):  # the host may not pin so much
                     return values.pin_memory()
                 return values

@@ -74,6 +74,12 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes of a GPU nothing lies in; what torch keeps for later counts."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
@@ -88,6 +94,12 @@ def load_model(
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
+            False  # sums stay float32, so that
+        )
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (
+            False  # rows depend less on others
+        )
     require_causal_lm(checkpoint)
     refused = f"{checkpoint.folder} cannot be loaded as a causal language model"
     with quiet_transformers(lambda error: f"{refused} ({_reason(error)})"), unchanged([checkpoint]):

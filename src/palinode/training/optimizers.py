@@ -23,6 +23,7 @@ from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
 from palinode.errors import InputError, RecipeError
+from palinode.models.loading import free_memory
 from palinode.settings import TrainingSettings
 
 AUTOCAST_FROM = 20_000_000
@@ -80,12 +81,13 @@ class HostAdamW(torch.optim.Optimizer):
         gradients = (parameter.grad.reshape(-1)[part] for _, parameter, part in pieces)
         for (group, parameter, part), gradient in zip(pieces, self._ways.fetch(gradients), strict=True):
             own = self.state[parameter]
-            weight, *moments = (own[name].view(-1)[part] for name in ("weight", "exp_avg", "exp_avg_sq"))
+            weight, mean, square = (own[name].view(-1)[part] for name in ("weight", "exp_avg", "exp_avg_sq"))
             step = own["step"].clone()
             adamw(
                 [weight],
                 [gradient],
-                *([moment] for moment in moments),
+                [mean],
+                [square],
                 [],
                 [step],
                 fused=True,
@@ -226,7 +228,7 @@ def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer
     if model.device.type != "cuda":
         return None
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    room = 0.8 * torch.cuda.mem_get_info(model.device)[0] - sum(BYTES[optimizer][1:3]) * trained
+    room = 0.8 * free_memory(model.device) - sum(BYTES[optimizer][1:3]) * trained
     room -= 2 * model.num_parameters()
     return max(1, int(room / bytes_of_token(model, settings)))
 
@@ -239,7 +241,7 @@ def choose_optimizer(wanted: str, model: PreTrainedModel, *, room: float = 0) ->
     if wanted != "auto" or model.device.type != "cuda":
         return "device" if wanted == "auto" else wanted
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
-    free = torch.cuda.mem_get_info(model.device)[0] + 4 * trained - room
+    free = free_memory(model.device) + 4 * trained - room
     for name, (*there, here) in BYTES.items():
         usable = name != "8bit" or find_spec("bitsandbytes")
         if usable and sum(there) * trained < free and here * trained < psutil.virtual_memory().available:

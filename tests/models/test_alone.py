@@ -336,6 +336,7 @@ def test_roundings_of_a_deep_model_do_not_part_its_rows():
     model = deep().bfloat16()
     alone = [scored_alone(model, row) for row in ROWS]
     assert not must_be_apart(model, ROWS, pad_id=0)
+    assert slots_for(model, PROMPTS, 4, 60, 0) is not None
     found = score_rows(model, ROWS, pad_id=0)
     far = [abs(one - other) for row, plain in zip(found, alone, strict=True)
            for one, other in zip(row.logprobs, plain, strict=True)]  # fmt: skip

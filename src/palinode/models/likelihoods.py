@@ -71,13 +71,13 @@ def _coarseness(model: PreTrainedModel) -> float:
 
 @contextmanager
 def _shaken(model: PreTrainedModel) -> Iterator[None]:
-    """Move what each decoder block puts out by up to a rounding, about twice what other sums' order does."""
+    """Move what each decoder block puts out by up to a rounding, as other orders of sums do."""
     generator = torch.Generator(model.device).manual_seed(0)
 
     def shake(_block: torch.nn.Module, _inputs: object, output: Any) -> Any:
         states, *others = output if isinstance(output, tuple) else (output,)
         noise = torch.rand(states.shape, generator=generator, device=states.device) - 0.5
-        states = (states.float() * (1 + _coarseness(model) * noise)).to(states.dtype)
+        states = (states.float() * (1 + 2 * _coarseness(model) * noise)).to(states.dtype)
         return (states, *others) if isinstance(output, tuple) else states
 
     with ExitStack() as stack:

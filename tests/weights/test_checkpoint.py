@@ -162,6 +162,13 @@ def test_config_that_is_no_json_object(folder, text):
     assert "config.json" in refusal(folder)
 
 
+def test_number_without_end_is_refused_in_our_words(folder):
+    (folder / "config.json").write_text('{"hidden_size": ' + "9" * 5_000 + "}")
+    said = refusal(folder)
+    assert "it has a number of thousands of digits" in said
+    assert "sys." not in said
+
+
 def test_config_that_is_a_folder(folder):
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()

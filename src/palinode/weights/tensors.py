@@ -447,6 +447,10 @@ def parse_json(raw: bytes, *, unique: bool) -> Any:
     gc.disable()  # which would look through all that is read so far again and again
     try:
         return json.loads(raw.decode(), object_pairs_hook=unique_keys if unique else None)
+    except ValueError as error:
+        if "set_int_max_str_digits" in str(error):  # Python's advice, to whoever writes programs
+            raise ValueError("it has a number of thousands of digits") from None
+        raise
     finally:
         if collects:
             gc.enable()

@@ -25,7 +25,7 @@ from palinode.cli.console import (
     secret_workspace,
     warn,
 )
-from palinode.cli.options import keys, takes
+from palinode.cli.options import keys, lengths_alike, takes
 from palinode.errors import RecipeError, meant
 from palinode.pipeline.recipe import laid_over, named, read_recipe
 from palinode.records import Score
@@ -51,8 +51,7 @@ def doctor(told: dict[str, Any], *, recipe: Path | None = None, changes: list[st
     """
     from palinode.pipeline.doctor import examine_equipment, examine_run
 
-    if "max_length" in told.get("training", {}):
-        told["evaluation"] = {"max_length": told["training"]["max_length"]}
+    lengths_alike(told)
     content = laid_over(read_recipe(recipe) if recipe else {}, told)
     place = content.get("output", {}).get("folder") or "."
     findings = [*examine_equipment(Path(place))]

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from palinode.errors import InputError
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Judge, Pick
-from palinode.records import packaged_table
+from palinode.records import packaged_table, unique_keys
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 """Environment variable that holds the key of PROVIDER."""
@@ -116,7 +116,7 @@ def checked_pick(picked: Sequence[Any], candidates: Sequence[Candidate]) -> tupl
 
 def json_objects(text: str) -> list[str]:
     """Return the outermost JSON objects in a text, as written; one that names a key twice is none."""
-    decoder = json.JSONDecoder(object_pairs_hook=_distinct)
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     found, place = [], text.find("{")
     while place >= 0:
         try:
@@ -129,12 +129,6 @@ def json_objects(text: str) -> list[str]:
             found.append(text[place:end])
         place = text.find("{", end)
     return found
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
 
 
 class NoReplyError(Exception):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ class ExposureCallback(TrainerCallback):
         return args, kwargs
 
 
-class LoggedLoader:
+class LoggedLoader(AbstractContextManager["LoggedLoader"]):
     """A PyTorch or accelerate loader that logs what it hands out, for loops of one's own.
 
         with LoggedLoader(loader, log, table) as batches:
@@ -275,9 +276,6 @@ class LoggedLoader:
 
     def __len__(self) -> int:
         return len(self._loader)
-
-    def __enter__(self) -> LoggedLoader:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -20,7 +20,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -318,7 +318,7 @@ def check_same(header: LogHeader, folder: Path, **wanted: str | None) -> None:
             )
 
 
-class ExposureLog:
+class ExposureLog(AbstractContextManager["ExposureLog"]):
     """Writes the exposures of one process; `open` it, `record` every optimiser step, `close` it."""
 
     def __init__(
@@ -419,9 +419,6 @@ class ExposureLog:
         """Seal what is left and stop."""
         self.seal()
         self._end_tail()
-
-    def __enter__(self) -> ExposureLog:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

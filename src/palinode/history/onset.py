@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from palinode.data.examples import Example, shared_rows
+from palinode.data.examples import Example, Question, shared_rows
 from palinode.errors import DataError, RecipeError
 from palinode.history.series import CheckpointSeries
 from palinode.metrics.membership import extraction_strengths, min_k_values
@@ -120,7 +120,6 @@ def find_onset(
 
     Raises DataError when the control rows are none, or forget rows stand among them.
     """
-    from palinode.data.examples import Question
     from palinode.evaluation.ask import ask
     from palinode.models.loading import load_reader, load_tokenizer, pick_device
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -330,10 +331,7 @@ def _claims(fact: Fact) -> set[tuple[str, str, str]]:
 
 
 def _by_person(facts: Sequence[Fact]) -> list[list[Fact]]:
-    people: dict[str, list[Fact]] = {}
-    for fact in facts:
-        people.setdefault(fact.subject, []).append(fact)
-    return list(people.values())
+    return [list(own) for _, own in groupby(facts, key=lambda fact: fact.subject)]
 
 
 def train_logged(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from palinode.report.audit_report import audit_section
@@ -455,8 +456,9 @@ def model_card(content: Mapping[str, Any], *, base: str | None = None, original:
     `base` is the target's id on the hub, if it came from there; `original` tells whether it has a card.
     Licence and intended use are in that one.
     """
-    target = base or _last_part(str(at(content, "models", "target", "location") or "a model"))
-    name = _last_part(str(at(content, "models", "unlearned", "location") or "An unlearned model"))
+    # a folder's own name: where it lies on the writer's machine is nobody's business
+    target = base or Path(str(at(content, "models", "target", "location") or "a model")).name
+    name = Path(str(at(content, "models", "unlearned", "location") or "An unlearned model")).name
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -492,8 +494,3 @@ def _card_origin(content: Mapping[str, Any], target: str) -> str:
         f"{strength(content).partition(';')[0]}."
     )
     return " ".join([made, *changes_told(content)])
-
-
-def _last_part(location: str) -> str:
-    """Return a folder's own name: where it lies on the writer's machine is nobody's business."""
-    return location.rstrip("/").rpartition("/")[2]

@@ -19,13 +19,13 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from threading import Event, Lock, local
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -121,15 +121,12 @@ LONGEST_READ = 1 << 24
 """Bytes that are read at a time where they are copied."""
 
 
-class Files:
+class Files(AbstractContextManager["Files"]):
     """Weight files that are open for reading: each is opened at its first use, and closed with this."""
 
     def __init__(self) -> None:
         self._handles: dict[Path, int] = {}
         self._lock = Lock()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles.values():

@@ -3,7 +3,7 @@
     python benchmarks/device.py [--parts train,read,…] [--model DIR | --shape NAME] [--cpu-small]
 
 Parts: train, read, answers, filter, search, unlearn, eight (a model of 8 B: an adapter, and all weights),
-and compiled (training with compiled blocks), which is run only where it is named.
+and compiled (training, and training with compiled blocks), which is run only where it is named.
 Each has its own limit in seconds, and one that ends there, is refused or has no room says so in its line.
 `plain` is the field's own way in the same run: transformers' Trainer, its logits, its generate in batches of
 64, and `continuous` its continuous batching. On a GPU `waits` counts where the host waits for the device in a
@@ -118,47 +118,42 @@ class Bench:
 
     # Parts
 
+    def options(self, **others: Any) -> argparse.Namespace:
+        """Return what `training` takes: steps over rows of one length."""
+        usual = {
+            "model": self.place, "batch": 16, "accumulation": 1, "tokens": self.tokens, "answer": self.answer,
+            "steps": 4 if self.small else 30, "precision": "float32" if self.small else "bfloat16",
+            "device": str(self.device),
+        }  # fmt: skip
+        return argparse.Namespace(**{**usual, **others})
+
     def train(self) -> dict[str, Any]:
-        options = argparse.Namespace(
-            model=self.place, batch=16, accumulation=1, tokens=self.tokens, answer=self.answer,
-            steps=4 if self.small else 30, precision="float32" if self.small else "bfloat16",
-            device=str(self.device),
-        )  # fmt: skip
+        options = self.options()
         model = training.build_model(options)
-        ours, plain = (
-            options.batch * self.tokens / min(step(model, options)[1:])
-            for step in (training.our_steps, training.their_steps)
-        )
+        ours, plain = (fastest(step(model, options), options) for step in training.STEPPERS.values())
         size, peak = 6 * model.num_parameters(), self.peak()
         found = {"tokens_per_s": ours, "plain": plain, "of_peak": size * ours / peak}
         if self.device.type == "cuda":
             found["waits"] = self.waits(lambda: training.our_steps(model, options)) / options.steps
-        options.tokens, options.answer, options.steps = (
-            8 * self.tokens,
-            8 * self.answer,
-            max(3, options.steps // 3),
-        )
-        long = options.batch * options.tokens / min(training.our_steps(model, options)[1:])
+        eight = {"tokens": 8 * self.tokens, "answer": 8 * self.answer}
+        longer = self.options(**eight, steps=max(3, options.steps // 3))
+        long = fastest(training.our_steps(model, longer), longer)
         return {**found, "long_tokens_per_s": long, "long_of_peak": size * long / peak}
 
     def compiled(self) -> dict[str, Any]:
-        """Train with compiled decoder blocks: how long they take to compile, and what it brings."""
-        options = argparse.Namespace(
-            model=self.place, batch=16, accumulation=1, tokens=self.tokens, answer=self.answer,
-            steps=4 if self.small else 30, precision="float32" if self.small else "bfloat16",
-            device=str(self.device), compile=True,
-        )  # fmt: skip
-        model, found, plain = training.build_model(options), {}, torch.nn.Module.compile
-        for name in (None, "reduce-overhead") if self.device.type == "cuda" else (None,):
-            torch.nn.Module.compile = partialmethod(plain, mode=name)  # type: ignore[assignment]
+        """Train as usual, with compiled decoder blocks and, on a GPU, with CUDA graphs of them."""
+        model, found, plain = training.build_model(self.options()), {}, torch.nn.Module.compile
+        modes = {"eager": None, "compiled": None, "graphs": "reduce-overhead"}
+        for name in modes if self.device.type == "cuda" else list(modes)[:2]:
+            options = self.options(compile=name != "eager")
+            torch.nn.Module.compile = partialmethod(plain, mode=modes[name])  # type: ignore[assignment]
             try:
-                first = self.timed(lambda: training.our_steps(model, options))
+                first = self.timed(lambda options=options: training.our_steps(model, options))
                 again = training.our_steps(model, options)
             finally:
                 torch.nn.Module.compile = plain  # type: ignore[method-assign]
-            speed = options.batch * self.tokens / min(again[1:])
-            found[name or "usual"] = {"tokens_per_s": speed, "first_s": first - sum(again)}
-            print(json.dumps({"compiled": name, **found[name or "usual"]}), flush=True)
+            found[name] = {"tokens_per_s": fastest(again, options), "first_s": first - sum(again)}
+            print(json.dumps({"compiled": name, **found[name]}), flush=True)
         return found
 
     def peak(self) -> float:
@@ -275,12 +270,13 @@ class Bench:
         save(shape, place, torch.bfloat16, self.device)
         origin, rows = Checkpoint.open(place), self.token_rows(4 * 16)
         found: dict[str, Any] = {"parameters": origin.parameters}
-        kept: dict[str, Any] = {"adapter": {"lora": LoraSettings(rank=8)}, "host": {"optimizer": "host"}}
-        for name, settings in kept.items():
+        lora = LoraSettings(rank=8, base="bfloat16")
+        for name in ("adapter", "host"):
             model = load_model(origin, device=self.device, dtype=torch.bfloat16)
             if name == "adapter":
-                add_adapter(model, origin, LoraSettings(rank=8, base="bfloat16"), seed=0)
-            found[name] = self.steps(model, rows, precision="bfloat16", **settings)
+                add_adapter(model, origin, lora, seed=0)
+            chosen: dict[str, Any] = {"lora": lora} if name == "adapter" else {"optimizer": name}
+            found[name] = self.steps(model, rows, precision="bfloat16", **chosen)
             print(json.dumps({"eight": name, **found[name]}), flush=True)
             del model
             if self.device.type == "cuda":
@@ -308,6 +304,12 @@ class Bench:
 
 
 PARTS = {name: getattr(Bench, name) for name in LIMITS}
+USUAL = [name for name in LIMITS if name != "compiled"]
+
+
+def fastest(steps: list[float], options: argparse.Namespace) -> float:
+    """Return the tokens a second of the fastest step but the first."""
+    return options.batch * options.tokens / min(steps[1:])
 
 
 def save(
@@ -377,7 +379,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default=",".join(list(LIMITS)[:-1]), help="those wanted, with commas")
+    parser.add_argument("--parts", default=",".join(USUAL), help="those wanted, with commas")
     parser.add_argument("--model", type=Path, help="a model folder")
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "8b"], default="135m")
     parser.add_argument("--cpu-small", action="store_true", help="every part on a processor, small")

@@ -27,10 +27,8 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def rows(tiny):
-    tokenizer = load_tokenizer(tiny.target)
-    return tokenize(read_examples(tiny.retain), tokenizer, max_length=64, style=PromptStyle()), pad_token(
-        tokenizer
-    )
+    tokenizer, examples = load_tokenizer(tiny.target), read_examples(tiny.retain)
+    return tokenize(examples, tokenizer, max_length=64, style=PromptStyle()), pad_token(tokenizer)
 
 
 def bits(model):

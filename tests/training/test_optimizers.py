@@ -6,7 +6,9 @@ import pytest
 import torch
 from test_passes import after, assert_alike, model, rows_of, settings
 
+from palinode.models.loading import free_memory
 from palinode.settings import TrainingSettings
+from palinode.training import optimizers
 from palinode.training.optimizers import BYTES
 
 
@@ -16,7 +18,10 @@ def trained(name: str, **others):
     return live, [point.loss for point in curve]
 
 
-def test_weights_in_host_memory_are_trained_bit_for_bit_alike():
+@pytest.mark.parametrize("size", [64, optimizers.PIECE])
+def test_weights_in_host_memory_are_trained_bit_for_bit_alike(monkeypatch, size):
+    """In pieces too: all of a tensor are of one step."""
+    monkeypatch.setattr(optimizers, "PIECE", size)
     (plain, losses), (held, again) = trained("device"), trained("host")
     assert losses == again
     for name, value in held.state_dict().items():
@@ -113,6 +118,16 @@ def test_moments_that_have_no_room_are_made_elsewhere(monkeypatch):
         torch.cat([value.flatten() for value in one.state_dict().values()]) for one in (model(), plain, live)
     )
     assert torch.cosine_similarity(moved - start, other - start, dim=0) > 0.9
+
+
+def test_what_torch_keeps_for_later_is_free(monkeypatch):
+    for name, found in {
+        "mem_get_info": (10, 80),
+        "memory_reserved": 50,
+        "memory_allocated": 20,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, found=found: found)
+    assert free_memory(torch.device("cuda")) == 40
 
 
 def test_each_choice_holds_less_on_the_device():

@@ -111,6 +111,33 @@ def test_bfloat16_costs_what_it_says(pair, out):
     assert 1e-4 < stored.relative_error < 1e-2
 
 
+@pytest.mark.parametrize("storing", [{}, {"dtype": "bfloat16"}, {"rank": 2}])
+def test_scales_that_hang_on_all_tensors_are_given_once_these_are_stored(pair, out, storing):
+    base, theta_1, difference = pair
+    plain = save_vector(theta_1 - base, out.parent / "plain", **storing)
+    asked = []
+
+    def scale_of(name):
+        asked.append(name)
+        assert [*out.parent.glob(".*/vector.safetensors")]  # all of it lies there by now
+        return {UP: 3.0, NORM: 0.0}.get(name, 1.0)
+
+    stored = save_vector(theta_1 - base, out, scale_of=scale_of, **storing)
+    assert sorted(asked) == sorted(difference)
+    for name in difference:
+        scale = {UP: 3.0, NORM: 0.0}.get(name, 1.0)
+        expected = (scale * values(plain.changes[name])).float().double()
+        assert torch.allclose(values(stored.changes[name]), expected, rtol=1e-7, atol=0)
+        assert stored.tensors[name].norm == pytest.approx(scale * plain.tensors[name].norm)
+        assert stored.tensors[name].relative_error == plain.tensors[name].relative_error
+    assert stored.norm == pytest.approx(math.hypot(*(each.norm for each in stored.tensors.values())))
+    assert stored.fingerprint() != plain.fingerprint()
+    again = save_vector(theta_1 - base, out.parent / "ones", scale_of=lambda _name: 1.0, **storing)
+    assert again.fingerprint() == plain.fingerprint()
+    written = [(out.parent / name / "vector.json").read_bytes() for name in ("plain", "ones")]
+    assert written[0] == written[1]
+
+
 def test_any_direction_can_be_stored(pair, models, out):
     base, theta_1, difference = pair
     theta_2 = models.make("theta_2", {**models.read(base.folder), NORM: models.noise(9, 12)})

@@ -501,11 +501,15 @@ class _Planner:
         state = 12 * resumed  # while vectors are trained, before any is filtered
         merged = sum(run.whole for run in self.runs) if lora else 0
         whole = self.parameters * (made + merged)
-        vectors = len(self.changes) * self.parameters
-        if any(isinstance(one.settings, LeastSquaresSettings) for one in self.changes):
-            # The usual vector, the best, one that is made and its first half; halves of four sets of moments,
-            # and the axes of two, an eighth of all (docs/filters.md).
-            vectors += 3 * self.parameters + sum(9 * width**2 // 4 for width in self.widths)
+        own = [one.settings for one in self.changes]
+        tensors = target.tensors.values()
+        blocks = sum(info.size for info in tensors if part_of(info.name).startswith("layer "))
+        vectors = sum(blocks if getattr(one, "others", "") == "drop" else self.parameters for one in own)
+        if weighed := [one for one in own if isinstance(one, LeastSquaresSettings)]:
+            # The best vector and one that is made; halves of four sets of moments, and the axes of two, an
+            # eighth of all (docs/filters.md).
+            vectors += blocks if weighed[-1].others == "drop" else self.parameters
+            vectors += sum(9 * width**2 // 4 for width in self.widths)
         return 4 * (trained * len(self.runs) + whole) + max(state, 4 * vectors + target.nbytes)
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import numpy as np
@@ -277,8 +277,8 @@ class Weighing:
         self.effects: dict[str, Effect] = {}
         self.unread: dict[str, float] = {}
         """Squared length of the matrices in blocks whose inputs are not known."""
-        self.share = 0.0
-        """c of the blocks, once all of them are filtered."""
+        self.survey: dict[str, Any] | None = None
+        """What the filter does to the blocks as a whole, and part by part, once all of them are filtered."""
         self.filter_of = lru_cache(maxsize=2)(self._filter)
 
     def _filter(self, key: str) -> np.ndarray:
@@ -307,20 +307,21 @@ class Weighing:
         self.effects[name] = self._effect(values, made, place)
         return made
 
-    def rescale(self, name: str, found: Sequence[np.ndarray]) -> np.ndarray:
-        """Return a filtered tensor with its effect on the forget inputs given back.
+    def scale_of(self, name: str) -> float:
+        """Return what gives a filtered tensor its effect on the forget inputs back, once all are filtered.
 
         The matrices of the blocks have one factor, so that what survives more of one layer stays more; every
-        other tensor has its own.
+        other tensor has its own. Raises InputError where next to nothing of the effect is left.
         """
+        if self.survey is None:
+            self.survey = self._survey()
         if self.spared.matrix_place(name) is not None:
-            share = self.share
+            share = self.survey["survives"]
         elif name in self.effects:
             share = self.effects[name].survives
         else:
-            return found[0]
-        scaled: np.ndarray = found[0] / share if share > SURVIVES else np.zeros_like(found[0])
-        return scaled.astype(found[0].dtype)
+            return 1.0
+        return 1 / share if share > SURVIVES else 0.0
 
     def _blocks(self) -> Effect:
         own = (effect for name, effect in self.effects.items() if self.spared.matrix_place(name))
@@ -342,16 +343,11 @@ class Weighing:
             norm=float(np.vdot(values, values)),
         )
 
-    def survey(self) -> dict[str, Any]:
-        """Return what the filter does to the blocks as a whole, and part by part.
-
-        Raises InputError where next to nothing of the effect on the forget inputs is left.
-        """
+    def _survey(self) -> dict[str, Any]:
         parts: dict[str, Effect] = defaultdict(Effect)
         for name, effect in self.effects.items():
             parts[part_of(name)] += effect
-        blocks = self._blocks()
-        whole, self.share = blocks.survey(), blocks.survives
+        whole = self._blocks().survey()
         if whole["survives"] < SURVIVES:
             raise InputError(
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
@@ -512,12 +508,11 @@ class Transforming(Work):
             *forget, spared = map(MomentFiles, steps)
             weighing = Weighing(forget[0] if forget else None, spared, settings)
             label = f"least squares {[step.key for step in steps]} {settings.model_dump_json()}"
-            with TemporaryDirectory(dir=output.parent, prefix=".filtered-") as place:
-                made = transform([vector], weighing.rule, Path(place) / "vector", label=label)
-                self.survey = weighing.survey()
-                if note := weighing.note():
-                    self.listener.say(note)
-                return transform([made], weighing.rescale, output, label=f"{label}, rescaled")
+            made = transform([vector], weighing.rule, output, label=label, scale_of=weighing.scale_of)
+            self.survey = weighing.survey or {}
+            if note := weighing.note():
+                self.listener.say(note)
+            return made
 
         return make
 
@@ -622,8 +617,7 @@ class OpenFilter:
         Those that were found may be another run's in this workspace.
         """
         for one in [*self.known.values()]:
-            own = one.key in self.transforming.made
-            if own and one is not chosen and one.label != self.usual().label:
+            if one.key in self.transforming.made and one is not chosen:
                 step = self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", one.key)
                 step.clear()
                 del self.known[one.label]

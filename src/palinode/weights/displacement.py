@@ -178,17 +178,20 @@ def same_values(first: Change, second: Change) -> bool:
 # Changes as they lie on disk
 
 
-def dense_change(info: TensorInfo) -> Change:
-    """Return a change that is stored in full."""
+def dense_change(info: TensorInfo, scale: float = 1.0) -> Change:
+    """Return a change that is stored in full, times a scale; in float32 unless it is stored in float64."""
 
     def read(files: Files, start: int, out: np.ndarray) -> None:
         for place in range(0, len(out), PIECE):
             piece = out[place : place + PIECE]
             found = _finite(read_values(info, files, start + place, len(piece)), info)
             with np.errstate(over="ignore"):  # too large for float32 is infinite, and seen by who asked
-                piece[:] = found
+                piece[:] = found if scale == 1.0 else found * found.dtype.type(scale)
 
-    return Change(info.shape, (info,), lambda digests: [digests[info.name]], read)
+    def facts(digests: Mapping[str, str]) -> list[object]:
+        return [digests[info.name], *([] if scale == 1.0 else [scale])]
+
+    return Change(info.shape, (info,), facts, read)
 
 
 def read_values(info: TensorInfo, files: Files, start: int, count: int) -> np.ndarray:

@@ -10,7 +10,8 @@ says what it is:
     norm               |τ|, of the direction before it was stored
     relative_error     |τ − stored| / |τ|
     terms              what τ is a sum of: folder, fingerprint and coefficient of each
-    tensors            by name: shape, rank (null where it is stored whole), norm, relative_error
+    tensors            by name: shape, rank (null where it is stored whole), norm, relative_error, and
+                       `scale`, by which the stored numbers are multiplied, where it is not 1
 
 Tensors in which the direction is zero are left out. A tied tensor is there once, under the embedding's name.
 
@@ -25,7 +26,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self
 
@@ -80,6 +81,8 @@ class StoredTensor:
     """Of the factors; None where it is stored whole."""
     norm: Number
     relative_error: Number
+    scale: Number = 1.0
+    """What the stored numbers are multiplied by."""
 
 
 class _Facts(BaseModel):
@@ -173,6 +176,7 @@ def save_vector(
     rank: int | None = None,
     energy: float | None = None,
     made_from: Iterable[Term] = (),
+    scale_of: Callable[[str], float] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> StoredVector:
     """Write a direction as a folder of its own, which only its owner can read, and open it.
@@ -181,7 +185,8 @@ def save_vector(
     `energy` (0 to 1), of the smallest rank that keeps this share of the sum of their squared singular values.
     What would take as much room as factors is stored whole, and so are vectors (norms, biases). Memory stays
     at a few slices; at low rank a whole matrix is held, several times over. `made_from` are models and
-    directions that are read besides its own terms. `on_progress` hears the number of weights done.
+    directions that are read besides its own terms. `scale_of` is asked for a tensor's scale by its name once
+    all are stored, so that it may hang on all of them. `on_progress` hears the number of weights done.
 
     Raises InputError for settings that cannot be, AlgebraError when there is no direction, MismatchError when
     its terms do not fit together, OutputError when the output place cannot be used.
@@ -209,6 +214,8 @@ def save_vector(
                     tensors[info.name] = tensor
                 if on_progress:
                     on_progress(info.size)
+        if scale_of:
+            tensors = {name: _scaled(tensor, scale_of(name)) for name, tensor in tensors.items()}
         _write_facts(partial / FACTS, settings, dtype, sources, tensors)
         check_stamps(stamps, terms)
         publish(partial, output)
@@ -368,6 +375,10 @@ def _costing(info: TensorInfo, rank: int | None, norm: float, error: float, code
     return StoredTensor(info.shape, rank, norm, error / norm)
 
 
+def _scaled(tensor: StoredTensor, scale: float) -> StoredTensor:
+    return replace(tensor, norm=abs(scale) * tensor.norm, scale=scale)
+
+
 # What is known of it
 
 
@@ -386,9 +397,13 @@ def _write_facts(
         "norm": norm,
         "relative_error": error / norm if norm else 0.0,
         "terms": [asdict(source) for source in sources],
-        "tensors": {name: asdict(tensor) for name, tensor in tensors.items()},
+        "tensors": {name: _as_json(tensor) for name, tensor in tensors.items()},
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_json(tensor: StoredTensor) -> dict[str, object]:
+    return {key: value for key, value in asdict(tensor).items() if (key, value) != ("scale", 1.0)}
 
 
 def _changes(
@@ -411,9 +426,11 @@ def _changes(
         )
     kept = ArrayCache()
     return {
-        name: dense_change(found[name])
+        name: dense_change(found[name], tensor.scale)
         if tensor.rank is None
-        else low_rank_change(Factor(found[f"{name}.left"]), Factor(found[f"{name}.right"]), 1.0, kept)
+        else low_rank_change(
+            Factor(found[f"{name}.left"]), Factor(found[f"{name}.right"]), tensor.scale, kept
+        )
         for name, tensor in tensors.items()
     }
 
@@ -432,17 +449,23 @@ def layer_scale(name: str, scales: Mapping[str, float]) -> float:
 
 
 def transform(
-    directions: Sequence[Direction], rule: Rule, output: Path | str, *, label: str, dtype: str = "float32"
+    directions: Sequence[Direction],
+    rule: Rule,
+    output: Path | str,
+    *,
+    label: str,
+    dtype: str = "float32",
+    scale_of: Callable[[str], float] | None = None,
 ) -> StoredVector:
     """Apply a rule to one or several directions tensor by tensor, and write the result as a stored vector.
 
     `label` says what the rule is, settings included: it goes into the fingerprint, so that one label must
     stand for one rule. A whole tensor of each direction is held at a time. Raises InputError when the rule
-    changes a shape, MismatchError when the directions do not fit together.
+    changes a shape, MismatchError when the directions do not fit together. `scale_of`: see `save_vector`.
     """
     made = transformed(directions, rule, label=label)
     made_from = [term for part in directions for term in part.terms]
-    return save_vector(made, output, dtype=dtype, made_from=made_from)
+    return save_vector(made, output, dtype=dtype, made_from=made_from, scale_of=scale_of)
 
 
 def transformed(directions: Sequence[Direction], rule: Rule, *, label: str) -> StoredDirection:

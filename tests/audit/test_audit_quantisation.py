@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from math import gcd
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from palinode.audit.rounding import QUANTISERS, grid, linear_weights, quantise, quantised
-from palinode.errors import RecipeError
+from palinode.audit.attack import AuditBudget, Subject
+from palinode.audit.material import AuditRows
+from palinode.audit.rounding import QUANTISERS, gptq, grid, linear_weights, quantise, quantised
+from palinode.data.examples import read_examples
+from palinode.errors import MismatchError, RecipeError
+from palinode.metrics.likelihood import answer_probabilities
 from palinode.models import load_model
+from palinode.models.loading import load_tokenizer
+from palinode.weights import Checkpoint
 
 
 def test_two_bits_keep_minus_one_nought_and_one_times_the_largest():
@@ -96,7 +105,7 @@ def test_whole_numbers_tell_which_weights_moved_over_a_step():
     assert (steps[0] != steps[1]).tolist() == [[False, False, True, False]]
 
 
-@pytest.mark.parametrize("name", sorted(QUANTISERS))
+@pytest.mark.parametrize("name", sorted(name for name, way in QUANTISERS.items() if way.rounded))
 def test_every_quantiser_is_near_the_weights_and_what_is_rounded_stays(name):
     way = QUANTISERS[name]
     if reason := way.unavailable():
@@ -137,6 +146,49 @@ def test_rows_that_do_not_fill_a_block_of_gguf_stay_and_are_not_counted(tiny):
     assert count == sum(value.numel() for value in whole.values())
     left = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
     assert left >= set(linear) - set(whole)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny):
+    """The tiny target with its retain rows, as an audit has them."""
+    checkpoint = Checkpoint.open(tiny.target.folder)
+    subject = Subject("audited", checkpoint, load_tokenizer(checkpoint), torch.device("cpu"))
+    return subject, AuditRows((), (), (), retain=read_examples(tiny.retain))
+
+
+def test_gptq_rounds_linear_layers_by_what_they_read(asked, capfd):
+    if reason := QUANTISERS["quantise_gptq"].unavailable():
+        pytest.skip(reason)
+    subject, rows = asked
+    budget = AuditBudget(quantise_group=128)
+    model, plain, nearest = (subject.fresh() for _ in range(3))
+    named = model.config.name_or_path
+    count = gptq(model, subject, rows, budget)
+    assert capfd.readouterr() == ("", "")
+    assert model.config.name_or_path == named
+    before = dict(plain.named_parameters())
+    changed = {
+        name for name, own in model.named_parameters() if name in before and not own.equal(before[name])
+    }
+    assert changed == {name for name in before if "_proj." in name}
+    assert count == sum(before[name].numel() for name in changed)
+    group = gcd(128, *(before[name].shape[1] for name in changed))
+    for name in changed:
+        parts = model.get_parameter(name).detach().split(group, 1)
+        assert all(len(row.unique()) <= 16 for part in parts for row in part)
+    quantise(nearest, QUANTISERS["quantise_4"], group=group)
+    losses = {}
+    for name, one in (("plain", plain), ("gptq", model), ("nearest", nearest)):
+        answers = subject.ask(rows.retain, budget.likelihoods, model=one)
+        losses[name] = -sum(map(math.log, answer_probabilities(answers)))
+    assert losses["gptq"] - losses["plain"] < losses["nearest"] - losses["plain"]
+
+
+def test_gptq_has_nothing_to_do_without_linear_layers(asked):
+    subject, rows = asked
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(MismatchError, match="no linear layers that GPTQ takes"):
+        gptq(model, subject, rows, AuditBudget())
 
 
 def test_missing_library_is_said_with_what_brings_it():

@@ -23,7 +23,7 @@ from palinode.audit.attack import Attack, AttackCost, AttackResult, AttackTest, 
 from palinode.audit.beside import ask_neighbours, guide, look_for_traces
 from palinode.audit.inside import look_inside
 from palinode.audit.material import AuditRows
-from palinode.audit.rounding import QUANTISERS, ask_quantised
+from palinode.audit.rounding import QUANTISERS, SHOWN, Quantiser, ask_quantised
 from palinode.data.examples import Example, Message, at_most
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, DivergenceError
@@ -303,6 +303,10 @@ def _of_relearning(tested: Sequence[Example], budget: AuditBudget) -> AttackCost
     return AttackCost(len(tested) * len(steps), trained=steps[-1] * budget.relearn_batch)
 
 
+def _of_rounding(way: Quantiser, rows: AuditRows, _budget: AuditBudget) -> AttackCost:
+    return AttackCost(len(rows.forget) + (min(SHOWN, len(rows.retain)) if way.rounded is None else 0))
+
+
 def _attack(
     name: str,
     measure: Callable[[Subject, AuditRows, AuditBudget], AttackResult],
@@ -395,7 +399,7 @@ ATTACKS: Mapping[str, Attack] = {
             _attack(
                 name,
                 partial(ask_quantised, name=name),
-                lambda rows, _: AttackCost(len(rows.forget)),
+                partial(_of_rounding, way),
                 told={
                     "title": way.title,
                     "description": f"linear layers rounded ({way.title}), then the forget questions",

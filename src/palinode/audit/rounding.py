@@ -1,7 +1,8 @@
 """Rounding the weights: small changes that hid an answer go, and it comes back.
 
 A quantiser takes a weight matrix [out, in] and gives back what is left of it, in floating point, so any
-machine can run it. Ours rounds to nearest with one scale a group; the others are those people deploy.
+machine can run it. Ours rounds to nearest with one scale a group; the others are those people deploy. GPTQ
+looks at what the layers read, and takes a whole model.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from io import StringIO
+from math import gcd
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,10 +28,15 @@ from transformers.pytorch_utils import Conv1D
 
 from palinode.audit.attack import AttackResult, AuditBudget, Subject
 from palinode.audit.material import AuditRows
+from palinode.data.examples import at_most
+from palinode.data.tokenize import tokenize
+from palinode.data.world import neutral_examples
 from palinode.errors import MismatchError, RecipeError
 from palinode.metrics.likelihood import answer_probabilities
 from palinode.models.loading import load_model
 
+SHOWN = 128
+"""Retain rows that GPTQ is shown, at most."""
 GGUF_BLOCK = 32
 """Weights of a block of GGUF's Q4_0 and Q5_0; rows that are no multiple of it stay, as in llama.cpp."""
 
@@ -102,13 +112,70 @@ def _ggml() -> ctypes.CDLL:
     raise MismatchError(f"llama_cpp holds no library ggml-base ({', '.join(folders)}); install it anew")
 
 
+def gptq(model: PreTrainedModel, subject: Subject, rows: AuditRows, budget: AuditBudget) -> int:
+    """Quantise a live model in place as llmcompressor's GPTQ does; return how many weights that were.
+
+    It is shown retain rows and neutral sentences. 4 bits, symmetric, one scale for as many weights of a
+    group as divide all inputs, or for a whole row where that is below 16. The output head stays. Raises
+    MismatchError where there is no linear layer, or the library cannot take the model apart.
+    """
+    head = model.get_output_embeddings()
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)}
+    widths = [layer.in_features for layer in layers.values() if layer is not head]
+    if not widths:
+        raise MismatchError("the model has no linear layers that GPTQ takes")
+    shown = [*at_most(rows.retain, SHOWN, seed=subject.seed), *neutral_examples()]
+    tokens = tokenize(shown, subject.tokenizer, max_length=budget.max_length, style=subject.style)
+    group = gcd(budget.quantise_group, *widths)
+    scales: dict[str, Any] = {"strategy": "channel"} if group < 16 else {"group_size": group}
+    kept = [name for name, layer in layers.items() if layer is head]
+    named = model.config.name_or_path
+    try:
+        with TemporaryDirectory() as place, _silence():
+            from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+            from datasets import Dataset
+            from llmcompressor import oneshot
+            from llmcompressor.modifiers.gptq import GPTQModifier
+            from loguru import logger
+
+            logger.disable("llmcompressor")
+            scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=4, **scales))
+            model.config.save_pretrained(place)
+            model.config.name_or_path = place  # the library looks there whether it is quantised
+            oneshot(
+                model=model,
+                processor=subject.tokenizer,
+                dataset=Dataset.from_list([{"input_ids": list(row.ids)} for row in tokens]),
+                recipe=GPTQModifier(config_groups={"all": scheme}, ignore=kept),
+                max_seq_length=max(len(row.ids) for row in tokens),
+                num_calibration_samples=len(tokens),
+                shuffle_calibration_samples=False,
+            )
+    except Exception as error:  # whatever it finds in an architecture that it does not know
+        raise MismatchError(f"llmcompressor cannot quantise this model ({error})") from error
+    finally:
+        model.config.name_or_path = named
+    return sum(layer.weight.numel() for layer in layers.values() if layer is not head)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what libraries print and log, on either stream, from the user."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 @dataclass(frozen=True, slots=True)
 class Quantiser:
     """One way of rounding."""
 
     title: str
-    rounded: Callable[..., Tensor]
-    """matrix [out, in] → the same, rounded; ours takes `group` by name."""
+    rounded: Callable[..., Tensor] | None
+    """matrix [out, in] → the same, rounded; ours takes `group` by name. None: it takes a whole model."""
     bits: int
     library: tuple[str, ...] = ()
     """What it needs."""
@@ -131,6 +198,7 @@ QUANTISERS: Mapping[str, Quantiser] = {
     "quantise_gguf_q4_k": Quantiser(
         "weights in GGUF's Q4_K", gguf_q4_k, 4, ("llama_cpp", "gguf"), "llama-cpp", GGUF_BLOCK
     ),
+    "quantise_gptq": Quantiser("weights in 4 bits by GPTQ", None, 4, ("llmcompressor",), "gptq"),
 }
 """By the name of the attack."""
 
@@ -144,7 +212,10 @@ def ask_quantised(subject: Subject, rows: AuditRows, budget: AuditBudget, *, nam
     way, model = QUANTISERS[name], subject.fresh()
     own = not way.library
     steps = _steps(model, way.bits, budget.quantise_group) if own and "target" in subject.beside else []
-    count = quantise(model, way, group=budget.quantise_group)
+    if way.rounded is None:
+        count = gptq(model, subject, rows, budget)
+    else:
+        count = quantise(model, way, group=budget.quantise_group)
     outcomes = subject.ask(rows.forget, budget.likelihoods, model=model, label=way.title)
     details: dict[str, Any] = {
         "bits": way.bits,
@@ -178,6 +249,7 @@ def quantise(model: PreTrainedModel, way: Quantiser, *, group: int) -> int:
 
     Embeddings, output head, norms and biases stay as they are, as in the usual weight-only schemes.
     """
+    assert way.rounded is not None
     count = 0
     for weight, turned in linear_weights(model):
         matrix = weight.t() if turned else weight

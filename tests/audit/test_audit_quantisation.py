@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from math import gcd
 
 import pytest
@@ -189,6 +190,18 @@ def test_gptq_has_nothing_to_do_without_linear_layers(asked):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2))
     with pytest.raises(MismatchError, match="no linear layers that GPTQ takes"):
         gptq(model, subject, rows, AuditBudget())
+
+
+def test_what_stops_gptq_is_said_and_leaves_the_model_as_it_was(asked, monkeypatch):
+    subject, rows = asked
+    model = subject.fresh()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    named = model.config.name_or_path
+    monkeypatch.setitem(sys.modules, "llmcompressor", None)
+    with pytest.raises(MismatchError, match="llmcompressor cannot quantise this model"):
+        gptq(model, subject, rows, AuditBudget())
+    assert model.config.name_or_path == named
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
 def test_missing_library_is_said_with_what_brings_it():

@@ -31,7 +31,7 @@ from palinode.audit.material import AuditRows
 from palinode.data.examples import at_most
 from palinode.data.tokenize import tokenize
 from palinode.data.world import neutral_examples
-from palinode.errors import MismatchError, RecipeError
+from palinode.errors import MismatchError, RecipeError, first_line
 from palinode.metrics.likelihood import answer_probabilities
 from palinode.models.loading import load_model
 
@@ -152,7 +152,7 @@ def gptq(model: PreTrainedModel, subject: Subject, rows: AuditRows, budget: Audi
                 shuffle_calibration_samples=False,
             )
     except Exception as error:  # whatever it finds in an architecture that it does not know
-        raise MismatchError(f"llmcompressor cannot quantise this model ({error})") from error
+        raise MismatchError(f"llmcompressor cannot quantise this model ({first_line(error)})") from error
     finally:
         model.config.name_or_path = named
     return sum(layer.weight.numel() for layer in layers.values() if layer is not head)

@@ -47,11 +47,12 @@ from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import (
+    COMMAND,
     RECORD_VERSION,
     Outcome,
+    holding,
     packaged_table,
     read_json,
-    repeated_by,
     write_json,
     write_text,
 )
@@ -93,7 +94,7 @@ def demo(
     listener = listener or NullListener()
     claim(folder, seed)
     started = time.monotonic()
-    with one_thread(), repeated_by(f"palinode demo --seed {seed}"):
+    with one_thread(), holding(COMMAND, f"palinode demo --seed {seed}"):
         with Workspace(folder / "workspace").locked(listener):
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
         named = {"target": models.target, "base": models.base, "retrained": models.retrained}
@@ -574,7 +575,7 @@ def _unlearn_all(
             {"forget": models.requests["main"], "retain": models.folder / "retain.jsonl"},
             {"seed": seed, **settings},
         )
-        with repeated_by(f"palinode demo --locate --seed {seed}"):
+        with holding(COMMAND, f"palinode demo --locate --seed {seed}"):
             done = unlearn(recipe, listener=listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
         found.append(

@@ -356,10 +356,7 @@ class Desk:
                 f"the salt of the hashes, {self.folder / 'salt'}, cannot be read ({error}); put a copy in "
                 "its place"
             ) from None
-        return [
-            hash_texts([*(turn.content for turn in one.turns), one.answer], salt=salt).hex()
-            for one in examples
-        ]
+        return [hash_texts(one.texts, salt=salt).hex() for one in examples]
 
     def _rows(self, request: Request, now: Standing) -> tuple[list[Example], list[Any]]:
         """Return a request's rows, as they were when it was taken in; raises DataError where they are not."""

@@ -20,6 +20,7 @@ down as it happens, apart from any log: that is the truth.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -506,27 +507,26 @@ def _request(models: SeriesModels, name: str, found: Mapping[str, Location]) -> 
     """Compare what was found about one request with the truth."""
     true_steps = _true_steps(models, name)
     first = min(step for steps in true_steps for step, _ in steps)
-    before = [place for place, step in enumerate(models.steps[:-1]) if step < first]
-    place = before[-1] if before else None
+    place = bisect_left(models.steps[:-1], first) - 1  # the last clean one; -1 for none
     entry: dict[str, Any] = {
         "rows": len(true_steps),
         "first": first,
         "exposures": sum(map(len, true_steps)),
-        "clean_place": place,
-        "clean_step": None if place is None else models.steps[place],
+        "clean_place": place if place >= 0 else None,
+        "clean_step": models.steps[place] if place >= 0 else None,
         "found": {},
     }
     for kind, location in found.items():
         choice = location.recommended
-        chosen = None if choice is None else choice.place
+        chosen = -1 if choice is None else choice.place
         steps = [{(seen.step, seen.copy is not None) for seen in row.seen} for row in location.rows]
         entry["found"][kind] = {
-            "recommended_step": None if choice is None else choice.step,
-            "recommended_place": chosen,
+            "recommended_step": choice and choice.step,
+            "recommended_place": choice and choice.place,
             "right": chosen == place,
-            "rungs_off": abs((-1 if chosen is None else chosen) - (-1 if place is None else place)),
+            "rungs_off": abs(chosen - place),
             "every_exposure_right": steps == true_steps if kind != "behaviour" else None,
-            "certainty": None if choice is None else choice.certainty,
+            "certainty": choice and choice.certainty,
             "conclusion": location.onset.conclusion if location.onset else None,
             "loaded": len(location.onset.gaps) if location.onset else None,
             "warnings": list(location.warnings),

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ import numpy.typing as npt
 from palinode.data.examples import Example, Question, shared_rows
 from palinode.errors import DataError, RecipeError
 from palinode.history.series import CheckpointSeries
-from palinode.metrics.membership import extraction_strengths, min_k_values
+from palinode.metrics.membership import extraction_strengths, loss_values, min_k_values
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
 from palinode.settings import Asking, LocateSettings
@@ -46,19 +45,17 @@ FEW_ROWS = 10
 """With fewer rows than this an interval says little."""
 
 
-def mean_logprobs(outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the mean log-probability of each row's scored tokens, None where there are none."""
-    return [fmean(outcome.logprobs) if outcome.logprobs else None for outcome in outcomes]
+Measure = Callable[[Sequence[Outcome]], list[float | None]]
 
 
-def least_logprobs(outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the mean log-probability of each row's least likely tokens (Min-K with its usual share)."""
-    return [None if value is None else -value for value in min_k_values(outcomes)]
+def turned(attack: Measure) -> Measure:
+    """Return what measures how well rows are known, from an attack that measures how little."""
+    return lambda outcomes: [None if value is None else -value for value in attack(outcomes)]
 
 
-MEASURES: Mapping[str, Callable[[Sequence[Outcome]], list[float | None]]] = {
-    "mean_logprob": mean_logprobs,
-    "min_k": least_logprobs,
+MEASURES: Mapping[str, Measure] = {
+    "mean_logprob": turned(loss_values),
+    "min_k": turned(min_k_values),  # with its usual share of the least likely tokens
     "extraction_strength": partial(extraction_strengths, single=1.0),  # where all are 1, a note says so
 }
 """What rows are scored by; higher means better known."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -227,9 +227,6 @@ LOCATE_SETTINGS: Mapping[str, Any] = {
 
 VERSION = 1
 
-OnStep = Callable[[int, Sequence[Example]], None]
-"""Hears the number of steps done in the whole training, and the rows that were in the last one."""
-
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -343,13 +340,11 @@ def train_logged(
     *,
     seed: int,
     size: Size | None = None,
-    on_step: OnStep | None = None,
     listener: Listener | None = None,
 ) -> SeriesModels:
     """Train the checkpoints and the target into `folder` and keep an exposure log in `log`.
 
-    Stretches that are finished are kept; `on_step` hears of those that are trained now. World: `late` are
-    the control people.
+    Stretches that are finished are kept. World: `late` are the control people.
     """
     size, listener = size or Size(), listener or NullListener()
     folder.mkdir(parents=True, exist_ok=True)
@@ -379,7 +374,7 @@ def train_logged(
             start = steps[number] - counts[number]
             opened = opened or ExposureLog.open(log, data="ladder demo", tokenizer="ladder demo", start=start)
             label = f"training stretch {number} of {CHECKPOINTS}"
-            state, batches = _train(state, rows, stretch, home, opened, start, on_step, label, listener)
+            state, batches = _train(state, rows, stretch, home, opened, start, label, listener)
             write_json(seen, {"from": start + 1, "batches": batches})
         part = read_json(seen)
         for step, batch in enumerate(part["batches"], start=part["from"]):
@@ -440,7 +435,6 @@ def _train(
     home: Path,
     log: ExposureLog,
     start: int,
-    on_step: OnStep | None,
     label: str,
     listener: Listener,
 ) -> tuple[Checkpoint, list[list[int]]]:
@@ -452,8 +446,6 @@ def _train(
         batch = [rows[number] for number in batches[-1]]
         tokens = sum(len(f"{row.prompt} {row.answer}".split()) + 1 for row in batch)  # words, and the end
         log.record(start + step, [row_hash(row) for row in batch], tokens=tokens)
-        if on_step:
-            on_step(start + step, batch)
 
     home.parent.mkdir(exist_ok=True)
     found = finetune(

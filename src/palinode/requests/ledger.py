@@ -117,9 +117,9 @@ class Ledger:
                 hash="",
             )
             event = replace(event, hash=event.own_hash)
-            row = {**asdict(event), "facts": _text(event.facts)}
+            facts = json.dumps(event.facts, sort_keys=True, ensure_ascii=False, allow_nan=False)
             marks = ", ".join(f":{name}" for name in COLUMNS)
-            connection.execute(f"INSERT INTO events VALUES ({marks})", row)
+            connection.execute(f"INSERT INTO events VALUES ({marks})", {**asdict(event), "facts": facts})
             return event
 
     def events(self) -> list[Event]:
@@ -231,10 +231,6 @@ def first_broken(events: Sequence[Event]) -> int | None:
             return number
         previous = event.hash
     return None
-
-
-def _text(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 WHOLE = ""

@@ -47,7 +47,7 @@ from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import Workspace, fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import COMMAND, Outcome, beside, fitting, private, repeated_by
+from palinode.records import COMMAND, Outcome, beside, fitting, holding, private
 from palinode.settings import (
     AuditSettings,
     EvaluationSettings,
@@ -373,7 +373,7 @@ def influence_then_unlearn(
     parts = shlex.split(COMMAND.get("palinode influence"))
     told = [("", "", part) if part in texts else part.partition("=") for part in parts]
     command = shlex.join(f"{name}{sign}{'…' if value in texts else value}" for name, sign, value in told)
-    with repeated_by(command):  # no record holds a text
+    with holding(COMMAND, command):  # no record holds a text
         result = run_recipe(recipe_with(data), listener=listener)
         if result.output is None:
             return TakenBack(found, result, None)

@@ -23,9 +23,11 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
+
+Value = TypeVar("Value")
 
 LONGEST = 255
 """Bytes of a file's name, on nearly every file system."""
@@ -44,13 +46,13 @@ STARTING = re.compile(r"PATH|LANG|LC_\w+|TMPDIR|TEMP|TMP|SYSTEMROOT|(LD|DYLD)_\w
 
 
 @contextmanager
-def repeated_by(command: str) -> Iterator[None]:
-    """Have the records that are written inside name this command as the way to repeat the run."""
-    token = COMMAND.set(command)
+def holding(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """Have a variable hold this value within the block, as COMMAND does the way to repeat a run."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        COMMAND.reset(token)
+        variable.reset(token)
 
 
 @dataclass(frozen=True, slots=True)

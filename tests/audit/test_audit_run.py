@@ -19,7 +19,7 @@ from palinode.audit.policy import build_policy
 from palinode.audit.rounding import QUANTISERS
 from palinode.errors import DataError, InputError, OutputError, RecipeError
 from palinode.pipeline.audit_run import AuditPlan, audit
-from palinode.records import repeated_by
+from palinode.records import COMMAND, holding
 from palinode.settings import AuditSettings
 
 POLICY = {
@@ -212,7 +212,7 @@ def test_relearning_that_diverges_is_not_tested(scene, plan, tmp_path):
 
 
 def test_record_states_budget_versions_and_fingerprints_but_no_text_of_the_rows(scene, plan, tmp_path, world):
-    with repeated_by("palinode audit X"):
+    with holding(COMMAND, "palinode audit X"):
         record = audit(plan(scene.target, attacks=ASKING), tmp_path / "out")
     assert record["policy"]["budget"]["max_length"] == 64
     assert set(record["policy"]["margins"]) >= {"questions.probability", "relearn_forget.area"}

@@ -13,8 +13,6 @@ from palinode.history.onset import (
     MEASURES,
     Reading,
     find_onset,
-    least_logprobs,
-    mean_logprobs,
     search_onset,
 )
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
@@ -154,10 +152,10 @@ def test_unknown_measure_is_refused():
 
 def test_measures_by_hand():
     outcome = Outcome(0, "", "", None, (-1.0, -2.0, -3.0, -4.0, -5.0, 0.0), (True,) * 6)
-    assert mean_logprobs([outcome]) == [-2.5]
+    assert MEASURES["mean_logprob"]([outcome]) == [-2.5]
     # two of the five answer tokens (40 %), the least likely; the end token does not count
-    assert least_logprobs([outcome]) == [-4.5]
-    assert mean_logprobs([Outcome(0, "", "", None, (), ())]) == [None]
+    assert MEASURES["min_k"]([outcome]) == [-4.5]
+    assert MEASURES["mean_logprob"]([Outcome(0, "", "", None, (), ())]) == [None]
 
 
 def example(text: str) -> Example:

@@ -11,6 +11,7 @@ from palinode.data.world import invent_world
 from palinode.errors import OutputError
 from palinode.history.reader import ExposureReader
 from palinode.pipeline.demo_run import CHECKPOINTS, Size, demo_locate, train_logged
+from palinode.progress import NullListener
 from palinode.report.location_report import demo_brief, demo_sentence
 
 SMALL = Size(first_epochs=12, epochs=4, replayed=40, learning_rate=6e-3, batch_size=16, width=32, layers=2)
@@ -95,13 +96,17 @@ def test_training_that_was_cut_off_goes_on_with_its_log(small_world, finished, t
     class KilledError(Exception):
         pass
 
-    def kill(step, rows):
-        if step == finished.record["requests"]["main"]["first"] + 2:
-            raise KilledError
+    class Killer(NullListener):
+        steps = 0
+
+        def record(self, series, step, figures):
+            self.steps += 1
+            if self.steps == finished.record["requests"]["main"]["first"] + 2:
+                raise KilledError
 
     places = tmp_path / "world", tmp_path / "log"
     with pytest.raises(KilledError):
-        train_logged(small_world, *places, seed=3, size=SMALL, on_step=kill)
+        train_logged(small_world, *places, seed=3, size=SMALL, listener=Killer())
     models = train_logged(small_world, *places, seed=3, size=SMALL)
     whole = ExposureReader.open(finished.folder / "log")
     resumed = ExposureReader.open(tmp_path / "log")

@@ -19,7 +19,7 @@ from palinode.metrics.table import DEFAULT_METRICS
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import run_key, unlearn
 from palinode.pipeline.workspace import Workspace
-from palinode.records import Outcome, repeated_by
+from palinode.records import COMMAND, Outcome, holding
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def done(tiny, recipe_of, tmp_path_factory):
     """A whole run with a search and a retrained model; read it only."""
     folder = tmp_path_factory.mktemp("run")
     recipe = recipe_of(folder / "out", models={"retrained": str(tiny.retrained.folder)})
-    with repeated_by("palinode unlearn --of-a-test"):
+    with holding(COMMAND, "palinode unlearn --of-a-test"):
         return unlearn(recipe)
 
 

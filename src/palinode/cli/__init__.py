@@ -48,10 +48,10 @@ def _call() -> int:
     """Parse the command line, run its verb, and return the exit code."""
     from palinode.cli.app import app
     from palinode.errors import REMEDIES, PalinodeError, broke_down
-    from palinode.records import repeated_by
+    from palinode.records import COMMAND, holding
 
     try:
-        with repeated_by(shlex.join(["palinode", *sys.argv[1:]])):
+        with holding(COMMAND, shlex.join(["palinode", *sys.argv[1:]])):
             code = _run(app)
         sys.stdout.flush()
     except PalinodeError as error:

@@ -217,16 +217,6 @@ GIVEN: ContextVar[Mapping[str, Any]] = ContextVar("GIVEN")
 """What the verb that runs was given of the options that verbs share."""
 
 
-@contextmanager
-def giving(options: Mapping[str, Any]) -> Iterator[None]:
-    """Have `given` know these options within the block."""
-    token = GIVEN.set(options)
-    try:
-        yield
-    finally:
-        GIVEN.reset(token)
-
-
 def given(option: str) -> Any:
     """Return what the verb that runs was given of an option that verbs share; None where it has none."""
     return GIVEN.get({}).get(option)

@@ -20,10 +20,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from palinode.cli.console import giving, hush_libraries
+from palinode.cli.console import GIVEN, hush_libraries
 from palinode.errors import RecipeError
 from palinode.pipeline.recipe import Recipe, checked_settings, known_keys, laid_over, prompt_style
-from palinode.records import packaged_table
+from palinode.records import holding, packaged_table
 from palinode.settings import Questioning
 
 KEYS = packaged_table("cli/keys.toml")
@@ -350,7 +350,7 @@ def explained(
     ]
 
     def called(**options: Any) -> None:
-        with giving({name: options.pop(name) for name in shared}):
+        with holding(GIVEN, {name: options.pop(name) for name in shared}):
             function(**options)
 
     called.__name__, called.__doc__ = function.__name__, function.__doc__

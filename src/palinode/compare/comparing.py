@@ -59,6 +59,7 @@ from palinode.pipeline.inputs import (
     check_folder,
     check_workspace,
     open_inputs,
+    present,
 )
 from palinode.pipeline.recipe import laid_over, named
 from palinode.pipeline.reporting import environment, heading
@@ -216,11 +217,9 @@ class _Comparison:
     def _measure_fixed(self) -> dict[str, Mapping[str, Any]]:
         """Return the measurements of retrained model, base and target; the first is the others' reference."""
         ground = self.ground
-        given = {"retrained": ground.retrained, "base": ground.base, "target": ground.target}
+        given = present(retrained=ground.retrained, base=ground.base, target=ground.target)
         found = {}
         for name, checkpoint in given.items():
-            if checkpoint is None:
-                continue
             step = self._measure_step({"model": checkpoint.fingerprint(), "itself": name == "retrained"})
             itself = name == "retrained"
             found[name] = measure_model(
@@ -238,8 +237,7 @@ class _Comparison:
         given = ground.inputs.rows
         own = rows_for(recipe, ground.shares)
         rows = replace(own, unseen=given.unseen, unseen_source=given.unseen_source)
-        models = {"base": ground.base, "target": ground.target}
-        models |= {"retrained": ground.retrained} if ground.retrained else {}
+        models = present(base=ground.base, target=ground.target, retrained=ground.retrained)
         prints = {name: checkpoint.fingerprint() for name, checkpoint in models.items()}
         parts = (rows.forget_probe, rows.retain_probe, rows.unseen)
         asked_rows = [fingerprint_examples(part) for part in parts]

@@ -34,7 +34,7 @@ from palinode.methods.method import read_refusals
 from palinode.models.loading import pick_device, tokenizer_fingerprint
 from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.goal import Behaviour, Goal, best
-from palinode.pipeline.inputs import InputRows, Inputs, given_to
+from palinode.pipeline.inputs import InputRows, Inputs, given_to, present
 from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
 from palinode.pipeline.search import Probes
 from palinode.pipeline.workspace import Step, Workspace
@@ -307,8 +307,8 @@ def part_of(
     epochs: int | None = None,
 ) -> SearchPart:
     """Return the training that these points share; its epochs follow from the budget unless given."""
-    given = {"target": ground.target, "retrained": ground.retrained}
-    models = {name: str(model.folder) for name, model in given.items() if model is not None}
+    given = present(target=ground.target, retrained=ground.retrained)
+    models = {name: str(model.folder) for name, model in given.items()}
     content = ground.recipe.content
     epochs = epochs or _epochs(
         ground, contestant, points[0], recipe_of(content, points[0], models, epochs=1, seed=seed)

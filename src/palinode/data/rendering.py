@@ -138,11 +138,10 @@ class Template:
         return render(self.source, chats, variables, date=self.date)
 
     def _found(self, example: Example, text: str | Refusal, other: str | Refusal) -> Exchange:
-        for written in (text, other):
-            if isinstance(written, Refusal):
-                raise _cannot_show(example, written.reason)
-        assert isinstance(text, str)
-        assert isinstance(other, str)
+        if isinstance(text, Refusal):
+            raise _cannot_show(example, text.reason)
+        if isinstance(other, Refusal):
+            raise _cannot_show(example, other.reason)
         before = _alike(text, other)
         end = len(text) - _alike(text[before:][::-1], other[before:][::-1])
         found = Exchange(text[:before], text[before:end], text[end:])

@@ -236,13 +236,13 @@ def load_sets(
     """Return the sets whose tables are there, each made of their rows; the others are told missing."""
     sets, missing, facts = [], {}, []
     for name, needed in tables.items():
-        found = [rows for rows in (read_table(table, location) for table in needed) if rows is not None]
+        read = [read_table(table, location) for table in needed]
+        found = [rows for rows in read if rows is not None]
         if len(found) == len(needed):
             sets.append(make(name, found))
             facts += [rows.facts for rows in found]
         else:
-            lacking = next(table for table in needed if read_table(table, location) is None)
-            missing[name] = not_there(lacking, location)
+            missing[name] = not_there(needed[read.index(None)], location)
     return LoadedBenchmark(tuple(sets), missing, tuple(facts))
 
 

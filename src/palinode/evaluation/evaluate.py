@@ -276,10 +276,8 @@ def _ask_model(
     from palinode.models.loading import load_reader, load_tokenizer, pick_device
 
     with unchanged([checkpoint]):
-        model, tokenizer = (
-            load_reader(checkpoint, device=pick_device(settings.device), precision=settings.precision),
-            load_tokenizer(checkpoint),
-        )
+        device, tokenizer = pick_device(settings.device), load_tokenizer(checkpoint)
+        model = load_reader(checkpoint, device=device, precision=settings.precision)
         general: dict[str, Score] = {}
         if settings.general:  # first, because it may be refused
             found = general_ability(

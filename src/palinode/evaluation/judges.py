@@ -206,12 +206,10 @@ class EntailmentJudge(_LocalJudge):
         self._label = meant[0]
         self._device = pick_device(device)
         try:
-            found = load_classifier(folder, device=self._device)
+            self._tokenizer, self._model, missing = load_classifier(folder, device=self._device)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"the judge in {folder} cannot be loaded: {first_line(error)}") from None
-        self._tokenizer: Any = found[0]
-        self._model: Any = found[1]
-        if missing := found[2]:
+        if missing:
             raise InputError(
                 f"the judge in {folder} lacks {len(missing)} weights (such as {min(missing)}); it is not a "
                 "trained classifier"

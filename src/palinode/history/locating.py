@@ -331,9 +331,8 @@ class Judgement:
         self.warnings.append(
             "No evidence says that the forget rows were learned; is there anything to unlearn?"
         )
-        target = self.target_step
-        before = [place for place, step in enumerate(self.steps) if target is None or step < target]
-        place = before[-1] if before else 0
+        target, last = self.target_step, len(self.steps) - 1
+        place = last if target is None else self.series.last_before(target) or 0
         if self.counted and not self.onset:
             place = self._within_record(place)
         if place < 0:

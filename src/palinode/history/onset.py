@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ import numpy.typing as npt
 from palinode.data.examples import Example, Question, shared_rows
 from palinode.errors import DataError, RecipeError
 from palinode.history.series import CheckpointSeries
-from palinode.metrics.membership import extraction_strengths, min_k_values
+from palinode.metrics.membership import extraction_strengths, loss_values, min_k_values
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome
 from palinode.settings import Asking, LocateSettings
@@ -46,19 +45,17 @@ FEW_ROWS = 10
 """With fewer rows than this an interval says little."""
 
 
-def mean_logprobs(outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the mean log-probability of each row's scored tokens, None where there are none."""
-    return [fmean(outcome.logprobs) if outcome.logprobs else None for outcome in outcomes]
+Measure = Callable[[Sequence[Outcome]], list[float | None]]
 
 
-def least_logprobs(outcomes: Sequence[Outcome]) -> list[float | None]:
-    """Return the mean log-probability of each row's least likely tokens (Min-K with its usual share)."""
-    return [None if value is None else -value for value in min_k_values(outcomes)]
+def turned(attack: Measure) -> Measure:
+    """Return what measures how well rows are known, from an attack that measures how little."""
+    return lambda outcomes: [None if value is None else -value for value in attack(outcomes)]
 
 
-MEASURES: Mapping[str, Callable[[Sequence[Outcome]], list[float | None]]] = {
-    "mean_logprob": mean_logprobs,
-    "min_k": least_logprobs,
+MEASURES: Mapping[str, Measure] = {
+    "mean_logprob": turned(loss_values),
+    "min_k": turned(min_k_values),  # with its usual share of the least likely tokens
     "extraction_strength": partial(extraction_strengths, single=1.0),  # where all are 1, a note says so
 }
 """What rows are scored by; higher means better known."""
@@ -177,7 +174,7 @@ def search_onset(
     if measure not in MEASURES:
         raise RecipeError(f"there is no measure {measure!r}; choose one of {', '.join(MEASURES)}")
     readings = {place: read(place) for place in (range(len(steps)) if every else {0, len(steps) - 1})}
-    table = _table(readings, steps, measure, seed)
+    table = _table(readings, measure, seed)
     looks = math.ceil(math.log2(len(steps)))  # for a gap that came and went before the one that was found
     while True:
         place = table.middle()
@@ -186,7 +183,7 @@ def search_onset(
         if place is None:
             break
         readings[place] = read(place)
-        table = _table(readings, steps, measure, seed)
+        table = _table(readings, measure, seed)
     return _conclude(table, readings, steps, measure, seed)
 
 
@@ -204,30 +201,27 @@ class _Table:
     exposed: tuple[bool, ...]
     """Whether each shows the gap."""
     clean: int | None
-    """Position in `places` of the last one before the gap."""
+    """Place of the last one before the gap."""
     first: int | None
-    """Position of the first one that shows it."""
-    begins: int | None
-    """Its step."""
+    """Place of the first one that shows it."""
     rows: tuple[int, int]
     """Forget and control rows that have a value everywhere."""
 
     def middle(self) -> int | None:
         """Return the checkpoint halfway between the last clean and the first exposed one, None when done."""
-        if self.clean is None or self.first is None:
+        if self.clean is None or self.first is None or self.first - self.clean < 2:
             return None
-        before, after = self.places[self.clean], self.places[self.first]
-        return None if after - before < 2 else (before + after) // 2
+        return (self.clean + self.first) // 2
 
     def widest(self) -> int | None:
         """Return the middle of the widest stretch before the gap that was not looked into, None when done."""
-        looked = self.places[: 0 if self.clean is None else self.clean + 1]
+        looked = [place for place in self.places if self.clean is not None and place <= self.clean]
         gaps = [(after - before, -before) for before, after in pairwise(looked) if after - before > 1]
         width, start = max(gaps, default=(0, 0))
         return -start + width // 2 if width else None
 
 
-def _table(readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int) -> _Table:
+def _table(readings: Mapping[int, Reading], measure: str, seed: int) -> _Table:
     """Return the gaps of the loaded checkpoints by one measure, over rows that have a value in all."""
     places = tuple(sorted(readings))
     random = np.random.Generator(np.random.PCG64(seed))
@@ -250,20 +244,10 @@ def _table(readings: Mapping[int, Reading], steps: Sequence[int], measure: str, 
         counts.append(size)
     gaps, resampled = means[0] - means[1], drawn[0] - drawn[1]
     errors = resampled.std(axis=0)
-    exposed = _shows(gaps[None], errors)[0].tolist()
-    first = exposed.index(True) if True in exposed else None
-    clean = (len(places) if first is None else first) - 1
-    return _Table(
-        places,
-        gaps,
-        resampled,
-        errors,
-        tuple(exposed),
-        clean=clean if clean >= 0 else None,
-        first=first,
-        begins=None if first is None else steps[places[first]],
-        rows=(counts[0], counts[1]),
-    )
+    exposed = tuple(_shows(gaps[None], errors)[0].tolist())
+    first = next((place for place, shown in zip(places, exposed, strict=True) if shown), None)
+    clean = max((place for place in places if first is None or place < first), default=None)
+    return _Table(places, gaps, resampled, errors, exposed, clean, first, (counts[0], counts[1]))
 
 
 def _shows(gaps: FloatArray, errors: FloatArray) -> npt.NDArray[np.bool_]:
@@ -281,15 +265,8 @@ def _shows(gaps: FloatArray, errors: FloatArray) -> npt.NDArray[np.bool_]:
 def _conclude(
     table: _Table, readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int
 ) -> Onset:
-    tables = {name: table if name == measure else _table(readings, steps, name, seed) for name in MEASURES}
-    clean, first, count = table.clean, table.first, len(table.places)
-    state: State = "begins"
-    if first is None:
-        state = "never"
-    elif first == 0:
-        state = "before"
-    elif not table.exposed[-1]:
-        state = "gone"
+    tables = {name: table if name == measure else _table(readings, name, seed) for name in MEASURES}
+    count, (state, conclusion) = len(table.places), _conclusion(table, steps)
     gaps = []
     for k, (place, shown) in enumerate(zip(table.places, table.exposed, strict=True)):
         values = {}
@@ -299,44 +276,43 @@ def _conclude(
         gaps.append(Gap(place, steps[place], values, shown))
     shows = _shows(table.resampled, table.errors)
     firsts = np.where(shows.any(axis=1), shows.argmax(axis=1), count)  # in each resample
-    interval = None
-    if first is not None:
+    interval, first = None, count
+    if table.first is not None:
+        first = table.places.index(table.first)
         inside = np.sort(np.minimum(firsts, count - 1))
         low, high = (int(np.percentile(inside, q, method="nearest")) for q in (2.5, 97.5))
         interval = (steps[table.places[low]], steps[table.places[high]])
-    clean_place = None if clean is None else table.places[clean]
-    exposed_place = None if first is None else table.places[first]
+    begins = {name: None if one.first is None else steps[one.first] for name, one in tables.items()}
     return Onset(
         state=state,
-        clean=clean_place,
-        exposed=exposed_place,
+        clean=table.clean,
+        exposed=table.first,
         interval=interval,
-        certainty=float((firsts >= (count if first is None else first)).mean()),
+        certainty=float((firsts >= first).mean()),
         measure=measure,
-        begins={name: found.begins for name, found in tables.items()},
+        begins=begins,
         gaps=tuple(gaps),
-        conclusion=_sentence(state, clean_place, exposed_place, steps),
+        conclusion=conclusion,
         notes=tuple(_notes(table, tables, steps)),
     )
 
 
-def _sentence(state: State, clean: int | None, exposed: int | None, steps: Sequence[int]) -> str:
-    if state == "never":
-        return (
+def _conclusion(table: _Table, steps: Sequence[int]) -> tuple[State, str]:
+    """Return where the gap begins, in a word and in a sentence."""
+    if table.first is None:
+        return "never", (
             "No checkpoint looked at knows the forget rows better than the control rows: by behaviour they "
             "were not learned in this stretch, or came and went between two checkpoints."
         )
-    if state == "before" and exposed is not None:
-        return (
-            f"Already the earliest checkpoint (step {steps[exposed]:,}) knows the forget rows better than "
-            "the control rows: they were seen before it, or the two sets are not alike."
+    if table.clean is None:
+        return "before", (
+            f"Already the earliest checkpoint (step {steps[table.first]:,}) knows the forget rows better "
+            "than the control rows: they were seen before it, or the two sets are not alike."
         )
-    if clean is None or exposed is None:
-        return "Nothing can be concluded."
-    where = f"between steps {steps[clean]:,} and {steps[exposed]:,}"
-    if state == "gone":
-        return f"The gap begins {where} and is gone again in the last checkpoint."
-    return f"The gap begins {where}."
+    where = f"The gap begins between steps {steps[table.clean]:,} and {steps[table.first]:,}"
+    if not table.exposed[-1]:
+        return "gone", f"{where} and is gone again in the last checkpoint."
+    return "begins", f"{where}."
 
 
 def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) -> list[str]:
@@ -367,11 +343,11 @@ def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) ->
         f"By {name.replace('_', ' ')} all rows are alike in every checkpoint; it tells nothing."
         for name in silent
     ]
-    firsts = {name: found.begins for name, found in tables.items() if name not in silent}
+    firsts = {name: found.first for name, found in tables.items() if name not in silent}
     if len(set(firsts.values())) > 1:
         told = ", ".join(
-            f"{name.replace('_', ' ')}: {'nowhere' if step is None else f'step {step:,}'}"
-            for name, step in firsts.items()
+            f"{name.replace('_', ' ')}: {'nowhere' if first is None else f'step {steps[first]:,}'}"
+            for name, first in firsts.items()
         )
         notes.append(f"The measures do not see the gap begin at the same checkpoint ({told}).")
     return notes

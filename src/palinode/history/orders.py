@@ -551,13 +551,7 @@ class PalinodeOrder:
         return list(self.batches[step - 1])
 
 
-def rebuild(
-    stages: Sequence[LoggedStage],
-    data: Sequence[Example],
-    tokenizer: Any,
-    *,
-    style: PromptStyle | None = None,
-) -> PalinodeOrder:
+def rebuild(stages: Sequence[LoggedStage], data: Sequence[Example], tokenizer: Any) -> PalinodeOrder:
     """Return the order of stages over these rows; the tokenizer is that of the model trained.
 
     An epoch's batches follow from the rows' lengths in tokens, the batch size, the seed and the epoch.
@@ -568,7 +562,7 @@ def rebuild(
     for stage in stages:
         examples = [data[number] for number in stage.numbers]
         training, together = stage.training, stage.training.accumulation * stage.processes
-        rows = tokenize(examples, tokenizer, max_length=training.max_length, style=style or PromptStyle())
+        rows = tokenize(examples, tokenizer, max_length=training.max_length, style=PromptStyle())
         lengths = [len(row.ids) for row in rows]
         for epoch in range(training.epochs):
             parts = epoch_batches(lengths, batch_size=training.batch_size, seed=stage.seed, epoch=epoch)

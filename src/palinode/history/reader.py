@@ -39,6 +39,7 @@ from palinode.history.exposures import (
 from palinode.weights.tensors import cores
 
 NO_LIMIT = np.iinfo(np.int64).max
+KINDS = (".journal", ".parquet")
 SHOWN = 4
 """Stretches of steps that a sentence names."""
 WORKERS = min(8, cores())
@@ -90,13 +91,10 @@ def find_files(
     folder: Path, header: LogHeader, sessions: Sequence[Session]
 ) -> tuple[list[LogFile], list[str]]:
     """Return the files of a log in the order of session, process and time, and notes of damage."""
-    paths = sorted(folder.glob("session-*/rank-*/*"))
-    sealed = {path for path in paths if path.suffix == ".parquet"}
-    tails = {
-        path for path in paths if path.suffix == ".journal" and path.with_suffix(".parquet") not in sealed
-    }
+    found = [path for path in sorted(folder.glob("session-*/rank-*/*")) if path.suffix in KINDS]
+    paths = {path.with_suffix(""): path for path in found}  # a sealed segment, not the journal it was
     with ThreadPoolExecutor(WORKERS) as pool:
-        opened = list(pool.map(lambda path: _open(path, folder, header), sorted(sealed | tails)))
+        opened = list(pool.map(lambda path: _open(path, folder, header), paths.values()))
     notes = [note for _, note in opened if note]
     files = [file for file, _ in opened if file]
     limits = {session.number: _limit(session.number, sessions) for session in sessions}

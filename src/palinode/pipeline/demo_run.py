@@ -20,7 +20,8 @@ down as it happens, apart from any log: that is the truth.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -47,11 +48,12 @@ from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import (
+    COMMAND,
     RECORD_VERSION,
     Outcome,
+    holding,
     packaged_table,
     read_json,
-    repeated_by,
     write_json,
     write_text,
 )
@@ -93,7 +95,7 @@ def demo(
     listener = listener or NullListener()
     claim(folder, seed)
     started = time.monotonic()
-    with one_thread(), repeated_by(f"palinode demo --seed {seed}"):
+    with one_thread(), holding(COMMAND, f"palinode demo --seed {seed}"):
         with Workspace(folder / "workspace").locked(listener):
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
         named = {"target": models.target, "base": models.base, "retrained": models.retrained}
@@ -225,9 +227,6 @@ LOCATE_SETTINGS: Mapping[str, Any] = {
 
 VERSION = 1
 
-OnStep = Callable[[int, Sequence[Example]], None]
-"""Hears the number of steps done in the whole training, and the rows that were in the last one."""
-
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -341,13 +340,11 @@ def train_logged(
     *,
     seed: int,
     size: Size | None = None,
-    on_step: OnStep | None = None,
     listener: Listener | None = None,
 ) -> SeriesModels:
     """Train the checkpoints and the target into `folder` and keep an exposure log in `log`.
 
-    Stretches that are finished are kept; `on_step` hears of those that are trained now. World: `late` are
-    the control people.
+    Stretches that are finished are kept. World: `late` are the control people.
     """
     size, listener = size or Size(), listener or NullListener()
     folder.mkdir(parents=True, exist_ok=True)
@@ -377,7 +374,7 @@ def train_logged(
             start = steps[number] - counts[number]
             opened = opened or ExposureLog.open(log, data="ladder demo", tokenizer="ladder demo", start=start)
             label = f"training stretch {number} of {CHECKPOINTS}"
-            state, batches = _train(state, rows, stretch, home, opened, start, on_step, label, listener)
+            state, batches = _train(state, rows, stretch, home, opened, start, label, listener)
             write_json(seen, {"from": start + 1, "batches": batches})
         part = read_json(seen)
         for step, batch in enumerate(part["batches"], start=part["from"]):
@@ -438,7 +435,6 @@ def _train(
     home: Path,
     log: ExposureLog,
     start: int,
-    on_step: OnStep | None,
     label: str,
     listener: Listener,
 ) -> tuple[Checkpoint, list[list[int]]]:
@@ -450,8 +446,6 @@ def _train(
         batch = [rows[number] for number in batches[-1]]
         tokens = sum(len(f"{row.prompt} {row.answer}".split()) + 1 for row in batch)  # words, and the end
         log.record(start + step, [row_hash(row) for row in batch], tokens=tokens)
-        if on_step:
-            on_step(start + step, batch)
 
     home.parent.mkdir(exist_ok=True)
     found = finetune(
@@ -505,27 +499,26 @@ def _request(models: SeriesModels, name: str, found: Mapping[str, Location]) -> 
     """Compare what was found about one request with the truth."""
     true_steps = _true_steps(models, name)
     first = min(step for steps in true_steps for step, _ in steps)
-    before = [place for place, step in enumerate(models.steps[:-1]) if step < first]
-    place = before[-1] if before else None
+    place = bisect_left(models.steps[:-1], first) - 1  # the last clean one; -1 for none
     entry: dict[str, Any] = {
         "rows": len(true_steps),
         "first": first,
         "exposures": sum(map(len, true_steps)),
-        "clean_place": place,
-        "clean_step": None if place is None else models.steps[place],
+        "clean_place": place if place >= 0 else None,
+        "clean_step": models.steps[place] if place >= 0 else None,
         "found": {},
     }
     for kind, location in found.items():
         choice = location.recommended
-        chosen = None if choice is None else choice.place
+        chosen = -1 if choice is None else choice.place
         steps = [{(seen.step, seen.copy is not None) for seen in row.seen} for row in location.rows]
         entry["found"][kind] = {
-            "recommended_step": None if choice is None else choice.step,
-            "recommended_place": chosen,
+            "recommended_step": choice and choice.step,
+            "recommended_place": choice and choice.place,
             "right": chosen == place,
-            "rungs_off": abs((-1 if chosen is None else chosen) - (-1 if place is None else place)),
+            "rungs_off": abs(chosen - place),
             "every_exposure_right": steps == true_steps if kind != "behaviour" else None,
-            "certainty": None if choice is None else choice.certainty,
+            "certainty": choice and choice.certainty,
             "conclusion": location.onset.conclusion if location.onset else None,
             "loaded": len(location.onset.gaps) if location.onset else None,
             "warnings": list(location.warnings),
@@ -574,7 +567,7 @@ def _unlearn_all(
             {"forget": models.requests["main"], "retain": models.folder / "retain.jsonl"},
             {"seed": seed, **settings},
         )
-        with repeated_by(f"palinode demo --locate --seed {seed}"):
+        with holding(COMMAND, f"palinode demo --locate --seed {seed}"):
             done = unlearn(recipe, listener=listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
         found.append(

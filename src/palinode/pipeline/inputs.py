@@ -78,6 +78,11 @@ class InputRows:
     """What they are: a key of the yardstick's ASSUMES."""
 
 
+def present(**models: Checkpoint | None) -> dict[str, Checkpoint]:
+    """Return the models that are there, by name."""
+    return {name: model for name, model in models.items() if model is not None}
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """Everything a run starts from, opened and checked."""
@@ -99,13 +104,7 @@ class Inputs:
     @property
     def models(self) -> dict[str, Checkpoint]:
         """The models that are there, by role."""
-        given = {
-            "target": self.target,
-            "base": self.base,
-            "retrained": self.retrained,
-            "given": self.unlearned,
-        }
-        return {name: model for name, model in given.items() if model is not None}
+        return present(target=self.target, base=self.base, retrained=self.retrained, given=self.unlearned)
 
     @property
     def method(self) -> Method:

@@ -106,20 +106,15 @@ def reproduce(
     inputs = _opened(recipe, record, listener)
     again = unlearn(recipe, listener=listener, located=record.get("located")).record
     second = Checkpoint.open(place)
-    figures, figures_now = _figures(record), _figures(again)
-    surroundings, surroundings_now = _surroundings(record), _surroundings({**again, "run": run_key(inputs)})
+    figures, now = _figures(record), {**again, "run": run_key(inputs)}
     return Reproduced(
         output=place,
         tensors=len(first.tensors),
         differing=_differing(first, second),
-        files=_unequal(companion_digests(first), companion_digests(second)),
+        files=tuple(_unequal(companion_digests(first), companion_digests(second))),
         figures=len(figures),
-        off={name: (figures.get(name), figures_now.get(name)) for name in _unequal(figures, figures_now)},
-        environment=unknown
-        | {
-            name: (surroundings.get(name), surroundings_now.get(name))
-            for name in _unequal(surroundings, surroundings_now)
-        },
+        off=_unequal(figures, _figures(again)),
+        environment=unknown | _unequal(_surroundings(record), _surroundings(now)),
     )
 
 
@@ -190,11 +185,12 @@ def _surroundings(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, "palinode": record.get("palinode"), "run": record.get("run")}
 
 
-def _unequal(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names under which two mappings do not agree; numbers may differ by ALIKE."""
+def _unequal(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return both values of each name under which two mappings do not agree; numbers may differ by ALIKE."""
 
     def alike(one: Any, other: Any) -> bool:
         numbers = isinstance(one, float) and isinstance(other, float)
         return abs(one - other) <= ALIKE if numbers else bool(one == other)
 
-    return tuple(name for name in {**first, **second} if not alike(first.get(name), second.get(name)))
+    pairs = {name: (first.get(name), second.get(name)) for name in {**first, **second}}
+    return {name: pair for name, pair in pairs.items() if not alike(*pair)}

@@ -38,6 +38,7 @@ from palinode.pipeline.inputs import (
     check_places,
     open_inputs,
     outline_inputs,
+    present,
     workspace_folder,
 )
 from palinode.pipeline.recipe import Recipe
@@ -183,11 +184,7 @@ def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
 
     Raises RecipeError where nothing can be foretold.
     """
-    inputs, workspace, listener = (
-        open_inputs(recipe),
-        Workspace(workspace_folder(recipe)),
-        listener or NullListener(),
-    )
+    inputs, workspace = open_inputs(recipe), Workspace(workspace_folder(recipe))
     step = forecast_step(inputs, workspace, run_key(inputs))
     if step is None:
         raise RecipeError(
@@ -195,7 +192,7 @@ def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
             "squares, of a target and a base that are there; name these, or leave --measure out"
         )
     with workspace.locked(listener):
-        return rehearse(inputs, workspace, listener, step)
+        return rehearse(inputs, workspace, listener or NullListener(), step)
 
 
 def unlearn(
@@ -544,11 +541,6 @@ class _Unlearning(Making):
             share(model.folder)
         move_folder(model.folder, output.resolve())  # a link is no place to rename to
         return output, report
-
-
-def present(**models: Checkpoint | None) -> dict[str, Checkpoint]:
-    """Return the models that are there, by name."""
-    return {name: model for name, model in models.items() if model is not None}
 
 
 def move_folder(folder: Path, output: Path) -> None:

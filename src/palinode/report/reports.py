@@ -297,12 +297,12 @@ def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
         if sets.get(label)
     }
     goal = by_model.get(held_against(label, by_model) or "", {})
-    differences, cases = {}, []
+    cases = list[tuple[float, int, dict[str, Any]]]()  # how well it went; row; what is told of it
     for row, mine in by_model.get("unlearned", {}).items():
         found = {model: rows[row] for model, rows in by_model.items() if row in rows}
         first = next(iter(found.values()))
         now, should = _probability(mine), _probability(goal[row]) if row in goal else None
-        difference = differences[row] = None if now is None or should is None else now - should
+        difference = None if now is None or should is None else now - should
         case = {
             "row": row,
             "prompt": first.prompt,
@@ -311,12 +311,8 @@ def _worst_first(outcomes: Outcomes, label: str) -> list[dict[str, Any]]:
             "answers": {name: outcome.generated for name, outcome in found.items()},
             "probabilities": {name: _probability(outcome) for name, outcome in found.items()},
         }
-        cases.append(case)
-
-    best = {
-        row: -abs(found or 0.0) if label == "forget" else found or 0.0 for row, found in differences.items()
-    }
-    return sorted(cases, key=lambda case: (best[case["row"]], case["row"]))
+        cases.append((-abs(difference or 0.0) if label == "forget" else difference or 0.0, row, case))
+    return [case for *_, case in sorted(cases, key=lambda one: one[:2])]
 
 
 def _labels(outcomes: Outcomes) -> list[str]:

@@ -206,6 +206,7 @@ class Desk:
         """
         now = self.standing()
         self._settle(now)
+        target = str(now.recipe["models"]["target"])
         chosen = [request.id for request in now.open] if names is None else [*names]
         chosen = [self.known(now, name).id for name in chosen] + now.carried
         wanted = [request for request in now.open if request.id in chosen]
@@ -217,7 +218,7 @@ class Desk:
         ids = tuple(request.id for request in wanted)
         ordered = sorted(wanted, key=lambda request: contents[request.id])
         recipe = self._recipe(now, ordered, sorted(contents.values()))
-        folder = os.path.relpath(recipe.output.folder, self.folder) if recipe else _target_of(now)
+        folder = os.path.relpath(recipe.output.folder, self.folder) if recipe else target
         same = current and (current.requests, current.folder) == (ids, folder)
         if current and same and (recipe is None or (self.place(current) / "record.json").exists()):
             return current, None
@@ -225,7 +226,7 @@ class Desk:
         made = result.record["models"]["unlearned"]["fingerprint"] if result and result.output else None
         facts = {
             "requests": list(ids),
-            "folder": folder if made else _target_of(now),
+            "folder": folder if made else target,
             "set": Path(folder).name if recipe else "",
             "base": recipe.models.base if recipe else None,
             "verdict": dict(result.verdict) if result else NO_REQUEST,
@@ -356,10 +357,7 @@ class Desk:
                 f"the salt of the hashes, {self.folder / 'salt'}, cannot be read ({error}); put a copy in "
                 "its place"
             ) from None
-        return [
-            hash_texts([*(turn.content for turn in one.turns), one.answer], salt=salt).hex()
-            for one in examples
-        ]
+        return [hash_texts(one.texts, salt=salt).hex() for one in examples]
 
     def _rows(self, request: Request, now: Standing) -> tuple[list[Example], list[Any]]:
         """Return a request's rows, as they were when it was taken in; raises DataError where they are not."""
@@ -558,10 +556,6 @@ def _scores(result: Unlearned, counts: Mapping[str, int]) -> dict[str, Any]:
                 score = score_outcomes(own, names=[ASKED])[ASKED]
                 scores[name][model] = {fact: getattr(score, fact) for fact in ("value", "low", "high", "n")}
     return {name: found for name, found in scores.items() if "unlearned" in found}
-
-
-def _target_of(now: Standing) -> str:
-    return str(now.recipe["models"]["target"])
 
 
 def _common_base(now: Standing, wanted: Sequence[Request], located: Mapping[str, Any]) -> str:

@@ -117,9 +117,9 @@ class Ledger:
                 hash="",
             )
             event = replace(event, hash=event.own_hash)
-            row = {**asdict(event), "facts": _text(event.facts)}
+            facts = json.dumps(event.facts, sort_keys=True, ensure_ascii=False, allow_nan=False)
             marks = ", ".join(f":{name}" for name in COLUMNS)
-            connection.execute(f"INSERT INTO events VALUES ({marks})", row)
+            connection.execute(f"INSERT INTO events VALUES ({marks})", {**asdict(event), "facts": facts})
             return event
 
     def events(self) -> list[Event]:
@@ -186,26 +186,25 @@ class Ledger:
 
 def _bring_up_to_date(connection: sqlite3.Connection, path: Path) -> None:
     """Go from the file's layout to ours, within the transaction."""
-    layout = connection.execute("PRAGMA user_version").fetchone()[0]
-    _refuse_newer(layout, path)
+    layout = _layout(connection, path)
     for number, statements in enumerate(LAYOUTS[layout:], start=layout + 1):
         for statement in statements:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {number}")
 
 
-def _refuse_newer(layout: int, path: Path) -> None:
+def _layout(connection: sqlite3.Connection, path: Path) -> int:
+    layout: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if layout > len(LAYOUTS):
         raise LedgerError(
             f"{path} has layout {layout}, and this version of Palinode knows {len(LAYOUTS)}; use a newer one"
         )
+    return layout
 
 
 def _chained(connection: sqlite3.Connection, path: Path) -> list[Event]:
     """Return the events of a connection; raises LedgerError for the first that is not what was written."""
-    layout = connection.execute("PRAGMA user_version").fetchone()[0]
-    _refuse_newer(layout, path)
-    if layout == 0:
+    if _layout(connection, path) == 0:
         return []
     rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM events ORDER BY number").fetchall()
     try:
@@ -232,10 +231,6 @@ def first_broken(events: Sequence[Event]) -> int | None:
             return number
         previous = event.hash
     return None
-
-
-def _text(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 WHOLE = ""

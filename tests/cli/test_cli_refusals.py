@@ -275,6 +275,27 @@ def test_apply_does_not_replace_the_current_folder(palinode, tiny, tmp_path, mon
     assert tmp_path.stat().st_ino == before
 
 
+def test_current_folder_that_is_gone(refused, tmp_path, monkeypatch):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert refused().startswith("the current folder was removed or replaced; ")
+
+
+def test_empty_words_are_no_folder_and_no_option_left_out(refused, palinode, tiny, tmp_path):
+    for option in ("target", "base", "retain", "holdout", "retrained", "workspace", "checkpoints"):
+        assert refused(**{option: ""}).startswith(f"--{option} is empty ")
+    assert palinode("vector", "--base=", "--model", tiny.base.folder).refusal.startswith("--base is empty ")
+    assert palinode("audit", "", "--against", tiny.base.folder).refusal.startswith("an argument is empty ")
+    (recipe := tmp_path / "recipe.toml").write_text(
+        f'[models]\ntarget = ""\nbase = "{tiny.base.folder}"\n'
+        f'[data]\nforget = "{tiny.forget}"\n[output]\nfolder = "out"\n'
+    )
+    assert palinode("run", recipe).refusal == (
+        "the recipe cannot be used: models.target is empty; give it a value, or leave it out"
+    )
+
+
 def test_output_that_is_a_link_in_a_circle(refused, palinode, tiny, tmp_path):
     (tmp_path / "round").symlink_to("round")
     assert "circle" in refused("round")

@@ -5,6 +5,7 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -327,6 +328,9 @@ def check_folder(output: Path, names: Sequence[str], what: str) -> None:
     """Raise OutputError for a folder that holds other files than these."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the {what}")
+    home = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise OutputError(f"{home} cannot be written to; name another folder for the {what}")
     ours = {name for file in names for name in (file, f".{file}.partial")}
     strange = sorted({path.name for path in output.iterdir()} - ours) if output.exists() else []
     if strange:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,22 @@ def test_current_folder_that_is_gone(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert refused().startswith("the current folder was removed or replaced; ")
+
+
+def test_output_that_is_the_root(refused, palinode, tiny):
+    assert refused(output="/").startswith("nothing can be written as /; ")
+    words = ["--base", tiny.base.folder, "--data", tiny.forget, "--device", "cpu"]
+    assert palinode("finetune", *words, "--output", "/").refusal.startswith("nothing can be written as /; ")
+
+
+def test_folder_that_is_gone_when_the_scores_are_written(palinode, tiny, tmp_path, monkeypatch):
+    module = import_module("palinode.evaluation.evaluate")
+    (place := tmp_path / "there").mkdir()
+    write = module.write_outcomes
+    monkeypatch.setattr(module, "write_outcomes", lambda *given: (place.rmdir(), write(*given)))
+    words = ["--data", tiny.forget, "--max-rows", 1, "--max-new-tokens", 1, "--device", "cpu"]
+    said = palinode("evaluate", tiny.base.folder, *words, "--output", place / "scores.jsonl", "-q").refusal
+    assert said.startswith(f"{place}/scores.jsonl cannot be written: {place} is not there, ")
 
 
 def test_empty_words_are_no_folder_and_no_option_left_out(refused, palinode, tiny, tmp_path):

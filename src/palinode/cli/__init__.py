@@ -20,7 +20,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-RESUMED = ("unlearn", "run", "finetune", "influence", "demo", "compare", "audit", "requests", "reproduce")
+RESUMED = (
+    "unlearn",
+    "filter",
+    "run",
+    "finetune",
+    "influence",
+    "demo",
+    "compare",
+    "audit",
+    "requests",
+    "reproduce",
+)
 """Verbs that keep what they have finished, and go on from there."""
 
 
@@ -49,7 +60,7 @@ def main() -> None:
 def _call() -> int:
     """Parse the command line, run its verb, and return the exit code."""
     from palinode.cli.app import app
-    from palinode.errors import REMEDIES, PalinodeError, broke_down
+    from palinode.errors import REMEDIES, PalinodeError, broke_down, unwritable
     from palinode.records import repeated_by
 
     if empty := _empty(sys.argv[1:]):
@@ -68,6 +79,8 @@ def _call() -> int:
     except OSError as error:
         if _is_lost(error):
             return _refuse("the current folder was removed or replaced; go to one that is there, and repeat")
+        if error.errno == errno.ENOENT and isinstance(error.__cause__, OSError):  # of records.write_text
+            return _refuse(str(unwritable(error.filename, error)))
         if error.errno not in REMEDIES:
             raise
         place = error.filename or "a file"

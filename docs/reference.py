@@ -22,8 +22,8 @@ Written by `make docs` from the commands' own help; `make check` fails when it i
 Exit codes: 0 done; 1 the verdict on a model is red, `audit` failed it, `verify` found a change, or
 `reproduce` other bytes; 2 something you can mend, or an interruption, said in one sentence; 3 nothing was
 subtracted, or there was nothing to forget. Progress goes to standard error, results to standard output. An
-interrupted `unlearn`, `run`, `finetune`, `demo`, `compare`, `audit` or `reproduce` goes on where it was when
-the same command is given again.
+interrupted `unlearn`, `filter`, `run`, `finetune`, `demo`, `compare`, `audit` or `reproduce` goes on where it
+was when the same command is given again.
 """
 
 

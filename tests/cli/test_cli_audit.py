@@ -109,3 +109,16 @@ def test_dry_run_names_what_would_be_run_and_what_it_takes_and_writes_nothing(
     assert "For each of 2 models" in palinode(*asked, "--dry-run").out
     missing = words(tiny.target.folder, against="nowhere")
     assert "there is no model folder nowhere" in palinode(*missing, "--dry-run").refusal
+
+
+def test_dry_run_refuses_what_the_audit_would(palinode, tiny, words, tmp_path):
+    (taken := tmp_path / "taken").write_text("")
+    places = {
+        taken: "is a file",
+        taken / "x": "cannot be written to",
+        tiny.target.folder / "x": "lies inside",
+    }
+    for place, why in places.items():
+        asked = words(tiny.target.folder, attacks="questions", output=place)
+        assert why in palinode(*asked, "--dry-run").refusal
+        assert palinode(*asked, "--dry-run") == palinode(*asked)

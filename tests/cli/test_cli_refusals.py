@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -264,6 +265,52 @@ def test_output_that_is_the_current_folder(refused, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert refused(".") == "the output . is the current folder; name one that does not exist yet"
+
+
+def test_apply_does_not_replace_the_current_folder(palinode, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = Path.cwd().stat().st_ino
+    words = ["--target", tiny.target.folder, "--base", tiny.base.folder, "--forget-model", tiny.base.folder]
+    said = palinode("apply", *words, "--output", ".").refusal
+    assert said.endswith(" is the current folder; name one that does not exist yet")
+    assert tmp_path.stat().st_ino == before
+
+
+def test_current_folder_that_is_gone(refused, tmp_path, monkeypatch):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert refused().startswith("the current folder was removed or replaced; ")
+
+
+def test_output_that_is_the_root(refused, palinode, tiny):
+    assert refused(output="/").startswith("nothing can be written as /; ")
+    words = ["--base", tiny.base.folder, "--data", tiny.forget, "--device", "cpu"]
+    assert palinode("finetune", *words, "--output", "/").refusal.startswith("nothing can be written as /; ")
+
+
+def test_folder_that_is_gone_when_the_scores_are_written(palinode, tiny, tmp_path, monkeypatch):
+    module = import_module("palinode.evaluation.evaluate")
+    (place := tmp_path / "there").mkdir()
+    write = module.write_outcomes
+    monkeypatch.setattr(module, "write_outcomes", lambda *given: (place.rmdir(), write(*given)))
+    words = ["--data", tiny.forget, "--max-rows", 1, "--max-new-tokens", 1, "--device", "cpu"]
+    said = palinode("evaluate", tiny.base.folder, *words, "--output", place / "scores.jsonl", "-q").refusal
+    assert said.startswith(f"{place}/scores.jsonl cannot be written: {place} is not there, ")
+
+
+def test_empty_words_are_no_folder_and_no_option_left_out(refused, palinode, tiny, tmp_path):
+    for option in ("target", "base", "retain", "holdout", "retrained", "workspace", "checkpoints"):
+        assert refused(**{option: ""}).startswith(f"--{option} is empty ")
+    assert palinode("vector", "--base=", "--model", tiny.base.folder).refusal.startswith("--base is empty ")
+    assert palinode("audit", "", "--against", tiny.base.folder).refusal.startswith("an argument is empty ")
+    (recipe := tmp_path / "recipe.toml").write_text(
+        f'[models]\ntarget = ""\nbase = "{tiny.base.folder}"\n'
+        f'[data]\nforget = "{tiny.forget}"\n[output]\nfolder = "out"\n'
+    )
+    assert palinode("run", recipe).refusal == (
+        "the recipe cannot be used: models.target is empty; give it a value, or leave it out"
+    )
 
 
 def test_output_that_is_a_link_in_a_circle(refused, palinode, tiny, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from palinode.errors import CheckpointError, PalinodeError
 from palinode.weights import Checkpoint
@@ -202,7 +202,33 @@ def test_a_model_that_may_be_a_causal_language_model(folder, architectures):
     require_causal_lm(Checkpoint.open(folder))
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.module.", "base_model.model."])
+def test_names_that_transformers_would_not_find_are_not_run(folder, wrapper):
+    plain = load_file(folder / "model.safetensors")
+    save_file({f"{wrapper}{name}": value for name, value in plain.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"under names that a wrapper left .{wrapper}"):
+        require_causal_lm(Checkpoint.open(folder))
+
+
 # Which files
+
+
+@pytest.mark.parametrize(
+    ("mark", "way"),
+    [
+        ("zero_to_fp32.py", "zero_to_fp32"),
+        ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_to_fp32"),
+        ("latest_checkpointed_iteration.txt", "Megatron's own converter"),
+        ("pytorch_model_fsdp_0/.metadata", "did you mean"),
+        ("one/adapter_config.json", "did you mean"),
+    ],
+)
+def test_state_of_a_trainer_is_named(folder, mark, way):
+    (folder / "model.safetensors").unlink()
+    (folder / mark).parent.mkdir(exist_ok=True)
+    (folder / mark).touch()
+    assert way in refusal(folder)
+    assert "download" not in refusal(folder)
 
 
 def test_no_weights(folder):

@@ -16,9 +16,22 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-RESUMED = ("unlearn", "run", "finetune", "influence", "demo", "compare", "audit", "requests", "reproduce")
+RESUMED = (
+    "unlearn",
+    "filter",
+    "run",
+    "finetune",
+    "influence",
+    "demo",
+    "compare",
+    "audit",
+    "requests",
+    "reproduce",
+)
 """Verbs that keep what they have finished, and go on from there."""
 
 
@@ -47,9 +60,13 @@ def main() -> None:
 def _call() -> int:
     """Parse the command line, run its verb, and return the exit code."""
     from palinode.cli.app import app
-    from palinode.errors import REMEDIES, PalinodeError, broke_down
+    from palinode.errors import REMEDIES, PalinodeError, broke_down, unwritable
     from palinode.records import COMMAND, holding
 
+    if empty := _empty(sys.argv[1:]):
+        return _refuse(
+            f"{empty} is empty (a shell variable that is not set?); give it a value, or leave it out"
+        )
     try:
         with holding(COMMAND, shlex.join(["palinode", *sys.argv[1:]])):
             code = _run(app)
@@ -60,6 +77,10 @@ def _call() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
+        if _is_lost(error):
+            return _refuse("the current folder was removed or replaced; go to one that is there, and repeat")
+        if error.errno == errno.ENOENT and isinstance(error.__cause__, OSError):  # of records.write_text
+            return _refuse(str(unwritable(error.filename, error)))
         if error.errno not in REMEDIES:
             raise
         place = error.filename or "a file"
@@ -79,6 +100,25 @@ def _call() -> int:
     if code == 130:  # what the parser makes of Ctrl-C
         return _interrupted()
     return code if isinstance(code, int) else 0
+
+
+def _empty(words: Sequence[str]) -> str | None:
+    """Return the option, or the argument, that was given an empty text: as a path, that is this folder."""
+    for before, word in pairwise(("", *words)):
+        if not word:
+            return before if before.startswith("-") else "an argument"
+        if word.startswith("--") and word.find("=") == len(word) - 1:
+            return word[:-1]
+    return None
+
+
+def _is_lost(error: OSError) -> bool:
+    """Tell whether the current folder is not there any more."""
+    try:
+        os.getcwd()  # noqa: PTH109 - quick help needs no pathlib
+    except FileNotFoundError:
+        return error.errno == errno.ENOENT
+    return False
 
 
 def _run(app: Any) -> Any:

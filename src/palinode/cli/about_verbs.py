@@ -249,7 +249,7 @@ def audit(
     Looks for evidence that a model knows more, or less, of a forget set than the reference model does.
     """
     from palinode import jobs
-    from palinode.pipeline.audit_run import open_models
+    from palinode.pipeline.audit_run import open_audit
     from palinode.report.audit_report import audit_brief, audit_plan_blocks
     from palinode.report.verdicts import audit_verdict
 
@@ -257,7 +257,7 @@ def audit(
     if dry_run:
         models = named(audited=model, reference=against, target=target)
         plan = jobs.plan_audit(models, rows, reference, settings)
-        open_models(plan)
+        open_audit(plan, output)
         costs, left_out = {name: asdict(cost) for name, cost in plan.costs().items()}, plan.reasons()
         content = {"models": plan.models, "cost_of_each_model": costs, "not_tested": left_out}
         answer(content, audit_plan_blocks(len(plan.models), costs, left_out))

@@ -116,12 +116,8 @@ def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) ->
 
     Raises an InputError for models, rows or a folder that cannot be used.
     """
-    checkpoints = open_models(plan)
-    check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
-    check_apart(output, checkpoints.values())
-    workspace = Workspace(output / RESULTS)
-    run = _AuditRun(plan, checkpoints, workspace, listener or NullListener())
-    with workspace.locked(listener):
+    run = open_audit(plan, output, listener=listener)
+    with run.workspace.locked(listener):
         record = run.record()
         with shared():
             write_json(output / RECORD, record)
@@ -129,6 +125,14 @@ def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) ->
             write_text(output / REPORT, markdown_report(content))
             write_text(output / PAGE, html_report(content))
     return record
+
+
+def open_audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> _AuditRun:
+    """Return an audit that can be run, its models opened; raises what `audit` raises before it measures."""
+    checkpoints = open_models(plan)
+    check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
+    check_apart(output, checkpoints.values())
+    return _AuditRun(plan, checkpoints, Workspace(output / RESULTS), listener or NullListener())
 
 
 class _AuditRun:

@@ -266,10 +266,10 @@ def _nothing(place: Path) -> str:
     names = "what unlearn, run, compare, audit, evaluate --output or demo wrote, or the workspace itself"
     if not place.exists():
         return f"{place} does not exist, and no workspace lies beside it; name {names}"
-    marks = {"vector.json": "vector", "adapter_config.json": "adapter", "config.json": "model"}
+    marks = {"vector.json": "a vector", "adapter_config.json": "an adapter", "config.json": "a model"}
     for what in (what for mark, what in marks.items() if (place / mark).exists()):
         return (
-            f"{place} is a {what}, and no workspace lies beside it; if it holds the rows, remove the "
+            f"{place} is {what}, and no workspace lies beside it; if it holds the rows, remove the "
             "folder itself"
         )
     return f"{place} is no Palinode workspace, and none lies beside it; name {names}"

@@ -5,6 +5,7 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -309,8 +310,6 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
     files = [Path(name) for name in named if name and Path(name).exists()]
     output, workspace = Path(recipe.output.folder), workspace_folder(recipe)
     left = max(0, needs - folder_size(workspace))
-    if output.resolve() == Path.cwd():
-        raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
     check_output(output, [*models, *files], needs=min(left, inputs.reader.nbytes))
     check_workspace(workspace, [output, *models, *files], needs=left)
 
@@ -328,6 +327,9 @@ def check_folder(output: Path, names: Sequence[str], what: str) -> None:
     """Raise OutputError for a folder that holds other files than these."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a folder for the {what}")
+    home = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise OutputError(f"{home} cannot be written to; name another folder for the {what}")
     ours = {name for file in names for name in (file, f".{file}.partial")}
     strange = sorted({path.name for path in output.iterdir()} - ours) if output.exists() else []
     if strange:

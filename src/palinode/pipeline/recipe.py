@@ -220,6 +220,9 @@ class Recipe(StrictModel):
         from palinode.methods.method import NO_RETAIN_VECTOR
         from palinode.methods.transforms import check_transforms
 
+        for section, places_of in {"models": self.models, "data": self.data}.items():
+            if empty := next((name for name, place in places_of if place == ""), None):
+                yield f"{section}.{empty} is empty; give it a value, or leave it out"
         if method := METHODS.get(self.method):  # one that is not there is said by `open_inputs`
             try:
                 settings = method.check_settings(self.method_settings)

@@ -45,6 +45,7 @@ from palinode.weights.tensors import (
     is_buffer,
     is_embedding,
     is_head,
+    is_wrapped,
     plain,
     read_header,
     read_index,
@@ -59,6 +60,16 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 PICKLES = (".bin", ".pt", ".pth")
 SHARD = re.compile(r"-\d+-of-\d+$")
+
+DEEPSPEED = "it is DeepSpeed's training state, in pieces: put them together with its zero_to_fp32.py"
+MEGATRON = "it is Megatron's training state: make a model folder of it with Megatron's own converter"
+STATES = {
+    "zero_to_fp32.py": DEEPSPEED,
+    "*zero_pp_rank_*": DEEPSPEED,
+    "global_step*": DEEPSPEED,
+    "latest_checkpointed_iteration.txt": MEGATRON,
+}
+"""What gives away that a folder holds a trainer's state and no model yet, and the way to one."""
 
 # Pickles that a trainer leaves beside a model and that hold no weights of it.
 NO_WEIGHTS = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
@@ -81,22 +92,24 @@ def find_leading(folder: Path) -> Path:
     for name in (SINGLE, INDEX, METADATA, PICKLE, PICKLE_INDEX):
         if name in names and (sharded or name != METADATA):
             return folder / name
+    state = next((way for mark, way in STATES.items() if any(folder.glob(mark))), None)
     pickles = [
         path
         for path in files
         if path.suffix in PICKLES and not any(fnmatch(path.name, pattern) for pattern in NO_WEIGHTS)
     ]
     found = pickles or [path for path in files if path.suffix == ".gguf"]
-    if len(found) == 1:
+    if len(found) == 1 and not state:
         return found[0]
-    if found:
+    if found and not state:
         raise CheckpointError(
             f"{folder} holds {len(found)} files that could be its weights ({shown(found[0].name)}, "
             f"{shown(found[1].name)}, …) and no index; name the one that holds the whole model"
         )
     others = [path.name for path in files if path.suffix == ".safetensors"]
-    below = sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")])
-    do = f"did you mean {below[0].parent}?" if below else "is the download finished?"
+    models = ("*/config.json", "snapshots/*/config.json", f"*/{METADATA}", "*/adapter_config.json")
+    below = [path for pattern in models for path in sorted(folder.glob(pattern))]
+    do = state or (f"did you mean {below[0].parent}?" if below else "is the download finished?")
     if others:
         do = f"{shown(others[0])} needs its index, or that name: save the model once with save_pretrained"
     raise CheckpointError(f"{folder} holds no weights ({SINGLE} or {INDEX}); {do}")
@@ -191,13 +204,15 @@ def refuse_packed(folder: Path, tensors: Mapping[str, TensorInfo], config: Mappi
     instead = FORMATS.get(kind, {}).get("instead")
     numbers = sum(info.size for info in tensors.values())
     share = sum(info.size for info in packed) / numbers if numbers else 0
-    found = ""
+    found, plainly = "", ""
+    if not packed and not _known(tensors):
+        plainly = ", or, where it was dequantised already, take what says otherwise out of its config.json"
     if packed:
         largest = max(packed, key=lambda info: info.nbytes)
         found = f" ({largest.dtype} {shown(largest.name)}, …: {share:.0%} of its numbers)"
     raise CheckpointError(
         f"{folder} is quantised: its weights are packed as {kind}{found}, and only floating point can be "
-        f"added; {f'{instead}, or ' if instead else ''}take the original model that it was made from"
+        f"added; {f'{instead}, or ' if instead else ''}take the original model that it was made from{plainly}"
     )
 
 
@@ -437,6 +452,11 @@ def require_causal_lm(checkpoint: ModelFolder) -> None:
             f"{checkpoint.file or checkpoint.folder} can be added, but not run or trained as it is; write it "
             "as a model folder once (in Python: palinode.save(Checkpoint.open(...), OUT)), and its tokenizer "
             "beside it"
+        )
+    if wrapped := next(filter(is_wrapped, checkpoint.tensors), None):
+        raise CheckpointError(
+            f"{checkpoint.folder} keeps its weights under names that a wrapper left ({shown(wrapped)}); they "
+            "can be added, but not run or trained so: save the model inside the wrapper with save_pretrained"
         )
     listed = checkpoint.config.get("architectures")
     names = list(map(str, listed)) if isinstance(listed, list) else []

@@ -94,6 +94,11 @@ def by_plain(names: Iterable[str]) -> dict[str, str]:
     return {key: name for key, name in found.items() if key not in shared}
 
 
+def is_wrapped(name: str) -> bool:
+    """Tell whether a wrapper has left something in a name, which transformers does not take for the same."""
+    return name.startswith("base_model.model.") or not WRAPPERS.isdisjoint(name.split("."))
+
+
 def is_head(name: str) -> bool:
     """Tell whether this is an output head's weight, under any spelling."""
     return plain(name) == HEADS[0]

@@ -69,6 +69,10 @@ def test_written_folder_has_scores_and_the_outcomes_of_both_models(tiny, own, tm
     assert list(read_outcomes(output / "outcomes-forget.jsonl")) == found.outcomes["forget"]
     with pytest.raises(OutputError, match="holds the scores of another run already"):
         evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(output=output))
+    inside = tiny.target.folder / "scores"
+    with pytest.raises(OutputError, match="lies inside the model"):
+        evaluate_benchmark(str(tiny.target.folder), OWN, own, settings(output=inside))
+    assert not inside.exists()
 
 
 def test_only_sets_and_answers_that_the_chosen_metrics_need_are_asked(tiny, own):

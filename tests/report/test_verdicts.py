@@ -202,6 +202,17 @@ def test_an_estimate_above_the_target_itself_raises_doubts_of_the_holdout_rows()
     assert told.endswith("It lies above the target itself: were the holdout rows really unseen?")
 
 
+def test_a_base_that_knows_more_than_the_target_may_be_the_target():
+    run = with_probability("target", "forget", score(0.071))
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.606)
+    assert [said for said in run_verdict(run).remarks if "wrong way round" in said] == [
+        "The base checkpoint knows the forget set better than the target (answer probability "
+        "0.606 [0.586, 0.626], and 0.071 [0.051, 0.091]): were the two given the wrong way round?"
+    ]
+    run["scores"]["base"]["forget"]["answer_probability"] = score(0.08)
+    assert not any("wrong way round" in said for said in run_verdict(run).remarks)
+
+
 def test_a_yes_that_another_yardstick_contradicts_is_disputed():
     run = with_probability("unlearned", "forget", score(0.5))
     run["scores"]["base"]["forget"]["answer_probability"] = score(0.1)

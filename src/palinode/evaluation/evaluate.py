@@ -133,6 +133,9 @@ def evaluate_benchmark(
     _check_places(settings)
     judge = named_judge(settings.judge, settings.key_variable, settings.device)
     checkpoint = _opened(model, settings)
+    place = settings.output.resolve() if settings.output else None
+    if place and checkpoint.file is None and checkpoint.folder in (place, *place.parents):
+        raise OutputError(f"{settings.output} lies inside the model {checkpoint.folder}; name another folder")
     against = _open_reference(settings, benchmark)
     exam = open_benchmark(benchmark, places, settings)
     strange = sorted(set(exam.sets) - LOG_SETS)

@@ -48,6 +48,8 @@ from palinode.weights.vectors import Rule, layer_scale, transform
 
 UNREAD = 0.01
 """Share of the squared length of the blocks' matrices that may go without a word."""
+UNDECIDED = "undecided"
+"""A file beside a vector that a search has made and not chosen yet."""
 SURVIVES = 1e-4
 """Share of its effect on the forget inputs that a vector must keep to be worth scaling up."""
 
@@ -578,7 +580,7 @@ class OpenFilter:
         """Return the vector filtered with that μ by what the target's layers read."""
         if (mu, False) not in self.known:
             made = self.transforming.apply_one(self._with(mu), self.before, self.keys)
-            self.known[mu, False] = Filtered(*made, (mu, False))
+            self._keep(made, (mu, False))
         return self.known[mu, False]
 
     def arrived(self, filtered: Filtered, alpha: float, rest: Direction | None = None) -> Filtered:
@@ -590,8 +592,7 @@ class OpenFilter:
             point = point + rest
             place += "".join(f" {weight} {term.fingerprint()}" for term, weight in rest.terms.items())
         made = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
-        self.known[mu, True] = Filtered(*made, (mu, True))
-        return self.known[mu, True]
+        return self._keep(made, (mu, True))
 
     def of(self, point: TriedScales) -> Filtered:
         """Return the vector that a point was tried with."""
@@ -599,10 +600,11 @@ class OpenFilter:
         return self.known[point.filter]
 
     def find(self, key: str) -> Filtered:
-        """Return a vector that was chosen before, by the key of its step."""
+        """Return a vector that was chosen, by the key of its step."""
+        step = self._step(key)
+        (step.folder / UNDECIDED).unlink(missing_ok=True)
         if found := next((one for one in self.known.values() if one.key == key), None):
             return found
-        step = self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", key)
         facts, stored = step.facts, _open_vector(step.folder / "vector")
         if facts is None or stored is None:
             raise InputError(
@@ -617,10 +619,23 @@ class OpenFilter:
         Those that were found may be another run's in this workspace.
         """
         for one in [*self.known.values()]:
-            if one.key in self.transforming.made and one is not chosen:
-                step = self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", one.key)
-                step.clear()
+            own = one.key in self.transforming.made
+            if own and one is not chosen and one.label != self.usual().label:
+                self._step(one.key).clear()
                 del self.known[one.label]
+
+    def _keep(self, made: tuple[Direction, str, dict[str, Any]], label: tuple[float, bool]) -> Filtered:
+        """Remember a vector. One that an interrupted search has made, and none has chosen, is made here."""
+        found = self.known[label] = Filtered(*made, label)
+        mark = self._step(found.key).folder / UNDECIDED
+        if mark.exists():
+            self.transforming.made.add(found.key)
+        elif found.key in self.transforming.made and label != (self.last.settings.weights()[0], False):
+            mark.touch()
+        return found
+
+    def _step(self, key: str) -> Step:
+        return self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", key)
 
     def _with(self, mu: float) -> ChosenTransforms:
         return replace(self.last, settings=self.last.settings.model_copy(update={"mu": mu}))

@@ -161,7 +161,9 @@ def run_verdict(record: Mapping[str, Any], audit: Mapping[str, Any] | None = Non
     claims = (_known(record), _forgotten(record), _kept(record), _recovered(record), robust(audit))
     code = _code(record, *claims[:2])
     sentence = _sentence(code, {claim.name: claim for claim in claims}, unchanged(record))
-    return RunVerdict(code, sentence, claims, tuple(_disagreement(record)), tuple(untested(record, audit)))
+    return RunVerdict(
+        code, sentence, claims, (*_swapped(record), *_disagreement(record)), tuple(untested(record, audit))
+    )
 
 
 def audit_verdict(audit: Mapping[str, Any]) -> RunVerdict:
@@ -261,6 +263,16 @@ def yardsticks(record: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def yardstick(record: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
     """Return the yardstick that decides, and its score."""
     return next(iter(yardsticks(record).items()), None)
+
+
+def _swapped(record: Mapping[str, Any]) -> Iterator[str]:
+    """Say where the base knows the forget set better than the target."""
+    base, target = yardsticks(record).get("base"), _probability(record, "target", "forget")
+    if base and target and judge_knowledge(base, target) == "Yes":
+        yield (
+            "The base checkpoint knows the forget set better than the target (answer probability "
+            f"{_with_interval(base)}, and {_with_interval(target)}): were the two given the wrong way round?"
+        )
 
 
 def _disagreement(record: Mapping[str, Any]) -> Iterator[str]:

@@ -507,7 +507,7 @@ def finetune_file(
     with tracked(
         listener or NullListener(),
         tracker,
-        folder=place.with_name(fitting(place.name, ".tracking")),
+        folder=place.parent / fitting(place.name, ".tracking"),
         run=place.name,
         settings={"seed": seed, "training": checked.model_dump(mode="json", exclude_none=True)},
         cpu=pick_device(device).type == "cpu",

@@ -27,8 +27,6 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from palinode.errors import OutputError
-
 Value = TypeVar("Value")
 
 LONGEST = 255
@@ -262,19 +260,12 @@ def keep_whole(path: Path, content: Any) -> None:
 
 def beside(path: Path, ending: str = ".partial") -> Path:
     """Return the hidden neighbour `.NAME.partial` of a path, or one with another ending."""
-    return _named(path).with_name(fitting(f".{path.name}", ending))
+    return path.parent / fitting(f".{path.name}", ending)  # the root has no name
 
 
 def workspace_beside(output: Path) -> Path:
     """Return where the workspace of an output lies, unless it was put elsewhere."""
-    return _named(output).with_name(fitting(output.name, ".workspace"))
-
-
-def _named(path: Path) -> Path:
-    """Return a path that has a name; raise OutputError for the root, which has no neighbours."""
-    if not path.name:
-        raise OutputError(f"nothing can be written as {path}; name a folder or file in it")
-    return path
+    return output.parent / fitting(output.name, ".workspace")
 
 
 def fitting(name: str, ending: str = "") -> str:

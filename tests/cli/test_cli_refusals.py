@@ -287,6 +287,7 @@ def test_output_that_is_the_root(refused, palinode, tiny):
     assert refused(output="/").startswith("nothing can be written as /; ")
     words = ["--base", tiny.base.folder, "--data", tiny.forget, "--device", "cpu"]
     assert palinode("finetune", *words, "--output", "/").refusal.startswith("nothing can be written as /; ")
+    assert not Path("/.workspace").exists()
 
 
 def test_folder_that_is_gone_when_the_scores_are_written(palinode, tiny, tmp_path, monkeypatch):

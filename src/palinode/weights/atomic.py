@@ -22,6 +22,8 @@ from palinode.records import beside
 
 def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> None:
     """Raise OutputError unless `output` is free, apart from all inputs, and has room for `needs` bytes."""
+    if str(output) == output.anchor:
+        raise OutputError(f"nothing can be written as {output}; name a folder in it")
     try:
         taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
     except OSError as error:

@@ -21,15 +21,21 @@ MODULES = {
     "lora": "peft",
     "lm-eval": "lm_eval",
     "gguf": "gguf",
+    "gptq": "llmcompressor",
     "influence": "bergson",
     "llama-cpp": "llama_cpp",
     "quantise": "bitsandbytes",
     "sign": "cryptography",
 }
-NO_OPTION = ("gguf", "llama-cpp", "quantise")  # a model, and attacks that are left out with their reason
+NO_OPTION = (
+    "gguf",
+    "gptq",
+    "llama-cpp",
+    "quantise",
+)  # a model, and attacks that are left out with their reason
 GIVEN = {"triton", "markupsafe", "nltk"}  # by torch where there is a GPU, by jinja2, by rouge-score
 NAMED = {"sentence_transformers"}  # a judge's own library: the refusal says what to install
-WITH_IT = {"sigstore"}  # brought by an extra beside its first library
+WITH_IT = {"sigstore", "compressed_tensors", "loguru"}  # brought by an extra beside its first library
 
 
 def distribution(requirement: str) -> str:

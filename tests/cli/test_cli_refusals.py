@@ -267,15 +267,6 @@ def test_output_that_is_the_current_folder(refused, tmp_path, monkeypatch):
     assert refused(".") == "the output . is the current folder; name one that does not exist yet"
 
 
-def test_apply_does_not_replace_the_current_folder(palinode, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = Path.cwd().stat().st_ino
-    words = ["--target", tiny.target.folder, "--base", tiny.base.folder, "--forget-model", tiny.base.folder]
-    said = palinode("apply", *words, "--output", ".").refusal
-    assert said.endswith(" is the current folder; name one that does not exist yet")
-    assert tmp_path.stat().st_ino == before
-
-
 def test_current_folder_that_is_gone(refused, tmp_path, monkeypatch):
     (gone := tmp_path / "gone").mkdir()
     monkeypatch.chdir(gone)

@@ -310,6 +310,8 @@ def check_places(recipe: Recipe, inputs: Inputs, needs: int) -> None:
     files = [Path(name) for name in named if name and Path(name).exists()]
     output, workspace = Path(recipe.output.folder), workspace_folder(recipe)
     left = max(0, needs - folder_size(workspace))
+    if output.resolve() == Path.cwd():
+        raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
     check_output(output, [*models, *files], needs=min(left, inputs.reader.nbytes))
     check_workspace(workspace, [output, *models, *files], needs=left)
 

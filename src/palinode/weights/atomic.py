@@ -31,8 +31,6 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
     if taken:
         raise OutputError(f"{output} exists and is not empty; choose another output folder, or remove it")
     place = output.resolve()
-    if output.exists() and output.samefile("."):
-        raise OutputError(f"the output {output} is the current folder; name one that does not exist yet")
     for path in (entry.resolve() for entry in inputs):
         if place == path or path in place.parents or place in path.parents:
             raise OutputError(

@@ -55,7 +55,6 @@ from palinode.pipeline.goal import Behaviour, Goal, best
 from palinode.pipeline.inputs import (
     InputRows,
     ask_as_trained,
-    check_apart,
     check_folder,
     check_workspace,
     open_inputs,
@@ -70,6 +69,7 @@ from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.pictures import picture_file, tradeoff_figure
 from palinode.report.reports import Facts, html_report, markdown_report, report_content
+from palinode.weights.atomic import check_apart
 
 FILES = TABLE, REPORT, PICTURE, PAGE = "table.json", "report.md", "tradeoff.svg", "report.html"
 """What a comparison's folder holds."""
@@ -151,7 +151,7 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
         make_world(comparison.demo, folder, seed=comparison.seed, listener=listener)
     inputs = open_inputs(recipe.shared)
     output = Path(recipe.shared.output.folder)
-    check_apart(output, inputs.models.values())
+    check_apart(output, (model.folder for model in inputs.models.values()))
     kept = len(comparison.contestants) * len(comparison.seeds) if comparison.keep_models else 1
     # at most four fine-tuned models (float32) lie there at once, beside the models that are kept
     needs = 16 * inputs.reader.parameters + kept * inputs.reader.nbytes

@@ -53,6 +53,7 @@ from palinode.records import (
 )
 from palinode.settings import EvaluationSettings
 from palinode.version import __version__
+from palinode.weights.atomic import check_apart
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
 
@@ -133,9 +134,8 @@ def evaluate_benchmark(
     _check_places(settings)
     judge = named_judge(settings.judge, settings.key_variable, settings.device)
     checkpoint = _opened(model, settings)
-    place = settings.output.resolve() if settings.output else None
-    if place and checkpoint.file is None and checkpoint.folder in (place, *place.parents):
-        raise OutputError(f"{settings.output} lies inside the model {checkpoint.folder}; name another folder")
+    if settings.output is not None and checkpoint.file is None:  # else it only lies beside others
+        check_apart(settings.output, [checkpoint.folder])
     against = _open_reference(settings, benchmark)
     exam = open_benchmark(benchmark, places, settings)
     strange = sorted(set(exam.sets) - LOG_SETS)

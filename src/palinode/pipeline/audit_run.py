@@ -23,7 +23,7 @@ from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.inputs import check_apart, check_folder, note_on_prompts
+from palinode.pipeline.inputs import check_folder, note_on_prompts
 from palinode.pipeline.reporting import environment, heading, model_facts, row_facts
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
@@ -31,6 +31,7 @@ from palinode.records import shared, write_json, write_text
 from palinode.report.reports import Facts, html_report, markdown_report, report_content
 from palinode.settings import AuditSettings
 from palinode.weights import Checkpoint
+from palinode.weights.atomic import check_apart
 from palinode.weights.fingerprints import check_same
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def open_audit(plan: AuditPlan, output: Path, *, listener: Listener | None = Non
     """Return an audit that can be run, its models opened; raises what `audit` raises before it measures."""
     checkpoints = open_models(plan)
     check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
-    check_apart(output, checkpoints.values())
+    check_apart(output, (model.folder for model in checkpoints.values()))
     return _AuditRun(plan, checkpoints, Workspace(output / RESULTS), listener or NullListener())
 
 

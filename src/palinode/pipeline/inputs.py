@@ -6,7 +6,7 @@ What can be wrong is found here, in the first seconds, and said in one sentence.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -340,14 +340,6 @@ def check_folder(output: Path, names: Sequence[str], what: str) -> None:
             f"{output} holds {strange[0]}, which is no part of {article} {what}; name another folder, or an "
             "empty one"
         )
-
-
-def check_apart(output: Path, models: Iterable[Checkpoint | None]) -> None:
-    """Raise OutputError for a folder inside one of these models."""
-    place = output.resolve()
-    for model in models:
-        if model is not None and model.folder in (place, *place.parents):
-            raise OutputError(f"{output} lies inside the model {model.folder}; name another folder")
 
 
 def check_workspace(workspace: Path, others: Sequence[Path], needs: int) -> None:

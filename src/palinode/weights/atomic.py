@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -40,6 +40,14 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
     if not home.is_dir() or not os.access(home, os.W_OK):
         raise OutputError(f"{home} cannot be written to; choose another output folder")
     check_room(home, needs, "make room")
+
+
+def check_apart(output: Path, models: Iterable[Path]) -> None:
+    """Raise OutputError for a folder inside one of these models' folders."""
+    place = output.resolve()
+    for model in models:
+        if model in (place, *place.parents):
+            raise OutputError(f"{output} lies inside the model {model}; name another folder")
 
 
 def check_room(place: Path, needs: int, advice: str) -> None:

@@ -319,7 +319,7 @@ def _connected() -> Iterator[None]:
         ):
             raise
         said = said or "another process of this run is gone"
-        raise ProcessError(f"{said}; repeat the command, which goes on from what was kept") from error
+        raise ProcessError(f"{said}; the same command goes on where this one stopped") from error
 
 
 def summed(value: Tensor, *, most: bool = False) -> Tensor:

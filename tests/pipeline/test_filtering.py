@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import numpy as np
@@ -13,12 +14,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from palinode.data.examples import at_most
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError
+from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.models import load_model, load_tokenizer
 from palinode.pipeline import search, transforming
-from palinode.pipeline.goal import Behaviour, TriedScales
+from palinode.pipeline.goal import Behaviour, Goal, TriedScales
 from palinode.pipeline.inputs import open_inputs
 from palinode.pipeline.run import find_vectors, unlearn
-from palinode.pipeline.search import fall
+from palinode.pipeline.search import towards_the_aim
 from palinode.pipeline.transforming import applied
 from palinode.training.moments import along, basis_of, input_moments, least_squares
 from palinode.weights import Checkpoint, StoredVector
@@ -191,15 +193,19 @@ def test_mu_that_is_given_is_left_as_it_is(run):
     assert {point["mu"] for point in done.record["scales"]["points"]} == {3.0}
 
 
-def test_fall_of_the_forget_probability_is_that_between_the_outer_points():
-    """e⁻¹ at α = 1 and e⁻³ at α = 2; a vector that was only looked at with α = 0 has a slope too."""
-    points = [
-        TriedScales(alpha, 0.0, Behaviour((logprob,)), goal=None)
-        for alpha, logprob in ((2.0, -3.0), (1.0, -1.0))
-    ]
-    assert fall(points) == pytest.approx(2.0)
-    assert fall(points[:1]) == pytest.approx(0.5)
-    assert 0 < fall([TriedScales(0.0, 0.0, Behaviour((-1.0,)), goal=None)]) < 100
+@pytest.mark.parametrize("rate", [0.5, 1.0, 6.0])
+def test_alpha_that_forgets_as_the_yardstick_is_told_from_one_point(rate):
+    """At .9 · exp(−rate · α) any point within a third and three times of it tells where .1 is."""
+    goal = Goal(estimate_yardstick([math.log(0.1)] * 2), Behaviour([math.log(0.9)] * 2), 0.9)
+    wanted = math.log(9) / rate
+
+    def told(alpha, logprob):
+        return towards_the_aim(TriedScales(alpha, 0.0, Behaviour([logprob] * 2), goal))
+
+    for alpha in (0.4 * wanted, wanted, 2.5 * wanted):
+        assert told(alpha, math.log(0.9) - rate * alpha) == pytest.approx(wanted, abs=0.01)
+    assert told(wanted, math.log(0.9)) == told(wanted, -0.01) == round(3 * wanted, 2)  # nothing is forgotten
+    assert told(wanted, -200.0) == round(wanted / 3, 2)
 
 
 # What is kept

@@ -380,7 +380,9 @@ ROUNDS = 2
 FACTORS = (0.5, 1.5)
 """Limits of the factors on α by group of layers."""
 AIMS = 2
-"""Points by which each filter is compared with the others: the best of its first look, and one corrected."""
+"""Points by which filters are compared: one told from the first look, and one corrected."""
+FARTHEST = 3.0
+"""What a point tells of α is believed between a third of its own and three times as much."""
 
 Range = tuple[float, float]
 
@@ -431,6 +433,7 @@ def choose_scales(
         near = [point for point in looked if point.filter == label]
         varied = (len(alphas) > 1, len(betas) > 1)
         whole = [point for point in others if point.filter == label]
+        near = [*whole, *near]
         whole += counted(between(trials, near, alphas, betas, scales.trials, inputs.recipe.seed))
         whole += around(trials, best(whole), varied=varied)
         if filters is not None and filters.arrives != "never":
@@ -487,44 +490,43 @@ def compared(
     beyond = [alpha for alpha in alphas if usual.forget_scale < alpha <= high]
     glance = partial(trials.tried, whole=False)
     glances: list[TriedScales] = []
-    found = at_the_aim(trials, looked)
+    at_its_aim = partial(at_the_aim, trials, varied=len(alphas) > 1)
+    found = at_its_aim(looked)
     better = best(found)
     for mu in filters.others():
         trials.use(filters.at(mu))
         own = list(walk_grid(trials.few, glance, near, [usual.retain_scale], beyond))
         glances += own
-        found += at_the_aim(trials, own)
-        better = best([better, *found[-AIMS:]])
+        found += (new := at_its_aim(own))
+        better = best([better, *new])
         trials.use(filters.of(better))
         filters.tidy(trials.filtered)
     return glances, found
 
 
-def at_the_aim(trials: Trials, looked: Sequence[TriedScales]) -> list[TriedScales]:
+def at_the_aim(trials: Trials, looked: Sequence[TriedScales], *, varied: bool) -> list[TriedScales]:
     """Return points on all rows where the vector in use forgets about as much as the yardstick.
 
-    `looked` are first looks at that vector.
+    `looked` are first looks at that vector; the nearest one's α is left as it is unless it is `varied`.
     """
     start, found = min(looked, key=lambda point: point.rank), []
-    slope, alpha, wanted = fall(looked), start.forget_scale, math.log(max(1e-12, trials.goal.aim))
-    for _ in range(AIMS):
-        found.append(trials.tried(alpha, start.retain_scale))
-        farther = alpha + (log_forget(found[-1]) - wanted) / slope
-        alpha = round(min(max(farther, alpha / 2), 2 * alpha), 2)
+    last = start
+    for _ in range(AIMS if varied else 1):
+        alpha = towards_the_aim(last) if varied else start.forget_scale
+        found.append(last := trials.tried(alpha, start.retain_scale))
     return found
 
 
-def fall(points: Sequence[TriedScales]) -> float:
-    """Return by how much the logarithm of the forget probability falls with α, between the outer points."""
-    ordered = sorted(points, key=lambda point: point.forget_scale)
-    first, last = ordered[0], ordered[-1]
-    fallen = log_forget(first) - log_forget(last)
-    return max(fallen / max(last.forget_scale - first.forget_scale, STEP), 1 / (last.forget_scale or STEP))
+def towards_the_aim(point: TriedScales) -> float:
+    """Return the α that forgets as much as the yardstick, told from what one point forgets.
 
-
-def log_forget(point: TriedScales) -> float:
-    """Return the logarithm of the mean answer probability on the forget probes."""
-    return math.log(max(1e-12, point.behaviour.probabilities["forget"]))
+    The logarithm of the forget probability falls about in proportion to α, from the target's on.
+    """
+    told = point.goal.target, point.behaviour
+    before, found = (math.log(max(1e-12, one.probabilities["forget"])) for one in told)
+    wanted = before - math.log(max(1e-12, point.goal.aim))
+    share = wanted / max(before - found, 1e-12)
+    return round(point.forget_scale * min(max(share, 1 / FARTHEST), FARTHEST), 2)
 
 
 def where_it_arrives(
@@ -548,7 +550,8 @@ def between(
     seed: int,
 ) -> Iterator[TriedScales]:
     """Yield the points that optuna suggests between the neighbours of the best ones, on all rows."""
-    starts = sorted(looked, key=lambda point: point.rank)[:STARTS]
+    different = {(point.forget_scale, point.retain_scale): point for point in reversed(looked)}
+    starts = sorted(different.values(), key=lambda point: point.rank)[:STARTS]
     ranges = {
         "forget": range_around([point.forget_scale for point in starts], alphas),
         "retain": range_around([point.retain_scale for point in starts], betas),

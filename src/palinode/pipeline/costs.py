@@ -506,9 +506,9 @@ class _Planner:
         blocks = sum(info.size for info in tensors if part_of(info.name).startswith("layer "))
         vectors = sum(blocks if getattr(one, "others", "") == "drop" else self.parameters for one in own)
         if weighed := [one for one in own if isinstance(one, LeastSquaresSettings)]:
-            # The usual vector, the best and one that is made; halves of four sets of moments, and the axes
-            # of two, an eighth of all (docs/filters.md).
-            vectors += 2 * (blocks if weighed[-1].others == "drop" else self.parameters)
+            # The best vector and one that is made; halves of four sets of moments, and the axes of two, an
+            # eighth of all (docs/filters.md).
+            vectors += blocks if weighed[-1].others == "drop" else self.parameters
             vectors += sum(9 * width**2 // 4 for width in self.widths)
         return 4 * (trained * len(self.runs) + whole) + max(state, 4 * vectors + target.nbytes)
 

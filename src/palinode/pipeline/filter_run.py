@@ -69,7 +69,10 @@ def filter_by_retain_rows(recipe: Recipe, *, listener: Listener | None = None) -
     workspace, vector = Workspace(workspace_folder(recipe)), target - given
     with workspace.locked(listener):
         transforming = Transforming(inputs, workspace, listener, target)
-        filtered, _, told = transforming.apply(transforms, vector, {"given": key})
+        filtered, _, told, filters = transforming.apply(transforms, vector, {"given": key})
+        if filters:
+            usual = filters.find(filters.usual().key)
+            filtered, told = usual.direction, [*told, usual.facts]
         with listener.task("writing the filtered model", target.parameters, "weights") as advance:
             saved = save(
                 target - alpha * filtered,

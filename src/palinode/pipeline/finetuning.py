@@ -38,27 +38,35 @@ class Trained:
     """How each run went."""
     seen: Sequence[Example]
     """The retain rows that were trained on."""
-    transforms: Sequence[Mapping[str, Any]] = ()
-    """What was done to the forget vector."""
+    told: Sequence[Mapping[str, Any]] = ()
+    """What was done to the forget vector before."""
     filters: OpenFilter | None = None
-    """The last of these, where a filter's settings may be chosen with the scales."""
+    """What is done to it last, where a filter's settings may be chosen with the scales."""
+    filtered: Filtered | None = None
+    """The vector as that leaves it: the usual one until another is chosen, made when it is needed."""
     before: Direction | None = None
     """The forget vector before anything was done to it."""
 
-    def filtered(self, found: Filtered) -> Trained:
-        """Return the same with the forget vector as an open filter left it."""
-        return replace(
-            self,
-            result=replace(self.vectors, forget=found.direction),
-            steps={**self.steps, "transform": found.key},
-            transforms=[*self.transforms[:-1], found.facts],
-        )
+    def with_filtered(self, found: Filtered) -> Trained:
+        """Return the same with the forget vector as the filter left it."""
+        return replace(self, filtered=found, steps={**self.steps, "transform": found.key})
+
+    @property
+    def unfiltered(self) -> Vectors:
+        """The vectors of a method that has some, before the filter that is open."""
+        assert isinstance(self.result, Vectors)
+        return self.result
 
     @property
     def vectors(self) -> Vectors:
-        """The vectors of a method that has some."""
-        assert isinstance(self.result, Vectors)
-        return self.result
+        """The vectors, filtered."""
+        own = self.unfiltered
+        return replace(own, forget=self.filtered.direction) if self.filtered else own
+
+    @property
+    def transforms(self) -> Sequence[Mapping[str, Any]]:
+        """What was done to the forget vector."""
+        return [*self.told, self.filtered.facts] if self.filtered else self.told
 
     @property
     def model(self) -> Point:
@@ -100,7 +108,8 @@ class FineTuning(Work):
         if not transforms:
             return trained
         transforming = Transforming(self.inputs, self.workspace, self.listener, target)
-        forget, key, told = transforming.apply(transforms, trained.vectors.forget, trained.steps)
+        before = trained.vectors.forget
+        forget, key, told, filters = transforming.apply(transforms, before, trained.steps)
         rows, seen = self.inputs.rows, {example.row: example for example in trained.seen}
         for one in transforms:  # some read retain rows
             read = rows.spared if "inputs" in one.transform.needs else ()
@@ -112,9 +121,10 @@ class FineTuning(Work):
             result=replace(trained.vectors, forget=forget),
             steps={**trained.steps, "transform": key},
             seen=list(seen.values()),
-            transforms=told,
-            filters=transforming.open_filter(transforms, trained.vectors.forget, trained.steps),
-            before=trained.vectors.forget,
+            told=told,
+            filters=filters,
+            filtered=filters.usual() if filters else None,
+            before=before,
         )
 
     def _train(self, target: Checkpoint, given: Given) -> Trained:

@@ -263,7 +263,9 @@ class Making(FineTuning):
         trained = self.train(target)
         chosen = self._scales(target, trained) if isinstance(trained.result, Vectors) else None
         if chosen and chosen.filter and trained.filters:
-            trained = trained.filtered(trained.filters.find(chosen.filter["key"]))
+            trained = trained.with_filtered(trained.filters.find(chosen.filter["key"]))
+        elif trained.filtered and trained.filters:
+            trained.filters.find(trained.filtered.key)
         return trained, chosen
 
     def make(self, target: Checkpoint) -> Made:
@@ -292,8 +294,8 @@ class Making(FineTuning):
 
     def _scales(self, target: Checkpoint, trained: Trained) -> ChosenScales:
         """Return the scales: as given, searched for, or picked on the grid."""
-        scales, vectors, rows = self.recipe.scales, trained.vectors, self.inputs.rows
-        beta = 0.0 if vectors.retain is None else scales.retain
+        scales, rows = self.recipe.scales, self.inputs.rows
+        beta = 0.0 if trained.unfiltered.retain is None else scales.retain
         betas = scales.retain_grid if beta is None else [beta]
         alphas = scales.forget_grid if scales.forget is None else [scales.forget]
         if len(alphas) == len(betas) == 1:
@@ -317,9 +319,11 @@ class Making(FineTuning):
         )
 
         def found() -> dict[str, Any]:
-            yardstick, unfiltered = None, target - (trained.before or vectors.forget)
+            yardstick = None
             if self.inputs.base is None:
+                unfiltered = target - (trained.before or trained.vectors.forget)
                 yardstick = own_yardstick(self.inputs, target, unfiltered, step.folder)
+            vectors = trained.unfiltered if auto and trained.filters else trained.vectors
             choose = partial(choose_scales, self.inputs, target, vectors, (alphas, betas), step.folder)
             return asdict(choose(self.listener, yardstick=yardstick, filters=trained.filters))
 

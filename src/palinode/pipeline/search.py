@@ -103,6 +103,10 @@ class ChosenScales:
     """The filter that was chosen with them: μ, whether it reads where the model arrives, key of its step."""
 
 
+Parts = Sequence[tuple[Point, Callable[[str], bool] | None]]
+"""Sums, each with what says yes to the names of the tensors that it is put in; None: to all."""
+
+
 class Probes:
     """What models make of the probe rows: mean log-probability of each answer, asked once and kept."""
 
@@ -139,20 +143,20 @@ class Probes:
         """Return those of a checkpoint, or of a sum put into the live model; `name` stands for it on disk."""
         if isinstance(point, Checkpoint):
             return self.of_checkpoint(name, point, sets)
-        return self.of_parts(name, [(point, None)], sets)
+        return self.of_parts(name, lambda: [(point, None)], sets)
 
     def of_parts(
         self,
         name: str,
-        parts: Sequence[tuple[Point, Callable[[str], bool] | None]],
+        parts: Callable[[], Parts],
         sets: Sequence[str] = SETS,
     ) -> Logprobs:
-        """Return those of a model put together: each sum where its function says yes to a tensor's name."""
+        """Return those of a model put together; `parts` is called where it was not asked before."""
 
         def filled() -> PreTrainedModel:
             output, seed = self.inputs.recipe.output, self.inputs.recipe.seed
             self.live = self.live or LiveModel(self._loaded(self.target, output.dtype))
-            for point, only in parts:
+            for point, only in parts():
                 self.live.put(point, dtype=output.dtype, rounding=output.rounding, seed=seed, only=only)
             return self.live.model
 
@@ -234,10 +238,8 @@ class Trials:
         self.few = replace(self.goal, target=Behaviour.of(part), rows=tuple(places["forget"]))
 
     def use(self, filtered: Filtered | None) -> None:
-        """Try a vector as a filter left it from now on."""
+        """Try a vector as a filter leaves it from now on."""
         self.filtered = filtered
-        if filtered is not None:
-            self.vectors = replace(self.vectors, forget=filtered.direction)
 
     @property
     def _prefix(self) -> str:
@@ -245,19 +247,11 @@ class Trials:
 
     def tried(self, alpha: float, beta: float, *, whole: bool = True) -> TriedScales:
         """Return what the model does at (α, β), on all probe rows or on the few of the first look."""
-        point, name = self._point(alpha, beta), f"{self._prefix}{alpha},{beta}"
-        if whole:
-            found = self.probes.of_point(name, point)
-        else:
-            some = self.probes.of_point(name, point, ["forget, some", "retain, some"])
-            found = {name.removesuffix(", some"): rows for name, rows in some.items()}
-        tried = TriedScales(
-            alpha,
-            beta,
-            Behaviour.of(found),
-            self.goal if whole else self.few,
-            filter=self.filtered.label if self.filtered else None,
-        )
+        name, sets = f"{self._prefix}{alpha},{beta}", SETS if whole else ("forget, some", "retain, some")
+        asked = self.probes.of_parts(name, lambda: [(self._point(alpha, beta), None)], sets)
+        found = Behaviour.of({name.removesuffix(", some"): rows for name, rows in asked.items()})
+        label = self.filtered.label if self.filtered else None
+        tried = TriedScales(alpha, beta, found, self.goal if whole else self.few, filter=label)
         figures = {"forget_scale": alpha, "retain_scale": beta, **tried.behaviour.probabilities}
         figures["objective"] = tried.goal.objective(tried.behaviour)
         record(self.listener, "scales", next(self.numbers), figures)
@@ -268,17 +262,19 @@ class Trials:
     ) -> TriedScales:
         """Return what the model does where each group of parts has its factor on α."""
         alpha, beta = centre.forget_scale, centre.retain_scale
-        points = [
-            (self._point(alpha * factor, beta), belongs_to(part))
-            for part, factor in zip(parts, factors, strict=True)
-        ]
         name = f"{self._prefix}{alpha},{beta},{','.join(map(str, factors))}"
-        found = self.probes.of_parts(name, points)
+        each = [(factor, belongs_to(part)) for part, factor in zip(parts, factors, strict=True)]
+        found = self.probes.of_parts(
+            name, lambda: [(self._point(alpha * factor, beta), only) for factor, only in each]
+        )
         own = () if set(factors) == {1.0} else factors
         return TriedScales(alpha, beta, Behaviour.of(found), self.goal, own, centre.filter)
 
     def _point(self, alpha: float, beta: float) -> Point:
-        return self.vectors.taken_off(self.probes.target, alpha, beta)
+        vectors = self.vectors
+        if self.filtered is not None:
+            vectors = replace(vectors, forget=self.filtered.direction)
+        return vectors.taken_off(self.probes.target, alpha, beta)
 
 
 def _few(count: int) -> list[int]:
@@ -430,10 +426,9 @@ def choose_scales(
             looked += glances
             advance(len(glances))
         label = trials.filtered.label if trials.filtered else None
-        near = [point for point in looked if point.filter == label]
+        near = [point for point in (*others, *looked) if point.filter == label]
         varied = (len(alphas) > 1, len(betas) > 1)
         whole = [point for point in others if point.filter == label]
-        near = [*whole, *near]
         whole += counted(between(trials, near, alphas, betas, scales.trials, inputs.recipe.seed))
         whole += around(trials, best(whole), varied=varied)
         if filters is not None and filters.arrives != "never":

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal
@@ -70,13 +70,15 @@ class Measuring(Work):
         """Return the finished step that holds the moments of a model."""
         return self._step(model.fingerprint(), rows, positions, lambda: load_model(model, device=self.device))
 
-    def of_point(self, point: Point, key: str, rows: Sequence[Example], positions: Positions) -> Step:
+    def of_point(
+        self, point: Callable[[], Point], key: str, rows: Sequence[Example], positions: Positions
+    ) -> Step:
         """Return the finished step that holds those of a sum, for which `key` stands."""
         output, seed = self.recipe.output, self.recipe.seed
 
         def filled() -> PreTrainedModel:
             live = load_model(self.target, device=self.device)
-            put(point, live, dtype=output.dtype, rounding=output.rounding, seed=seed)
+            put(point(), live, dtype=output.dtype, rounding=output.rounding, seed=seed)
             return live
 
         return self._step(f"{key} {output.dtype} {output.rounding} {seed}", rows, positions, filled)
@@ -384,22 +386,32 @@ def applied(
 
 Make = Callable[[Direction, Path], StoredVector]
 """(vector, folder) → the transformed vector in the folder."""
+Made = tuple[Direction, dict[str, Any]]
+"""A transformed vector, and what the record tells of it."""
 
 OTHER_MUS = (MU / 10, 10 * MU, 0.0)
 """Values of μ that are tried beside the usual one where it is open; 0 is projection."""
 
 
-@dataclass(frozen=True, slots=True)
 class Filtered:
-    """A forget vector as a filter left it."""
+    """A forget vector as a filter leaves it; as large as a model, it is made when it is first needed."""
 
-    direction: Direction
-    key: str
-    """Of the step that made it."""
-    facts: dict[str, Any]
-    """What the record tells of it."""
-    label: tuple[float, bool]
-    """μ, and whether the inputs are those where the model arrives."""
+    def __init__(self, key: str, label: tuple[float, bool], make: Callable[[], Made]) -> None:
+        self.key = key
+        """Of the step that makes it."""
+        self.label = label
+        """μ, and whether the inputs are those where the model arrives."""
+        self.made = cache(make)
+
+    @property
+    def direction(self) -> Direction:
+        """The vector."""
+        return self.made()[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the record tells of it."""
+        return self.made()[1]
 
     def as_record(self) -> dict[str, Any]:
         """Return which one it is, as the record has it."""
@@ -421,39 +433,36 @@ class Transforming(Work):
 
     def apply(
         self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
-    ) -> tuple[Direction, str, list[dict[str, Any]]]:
+    ) -> tuple[Direction, str, list[dict[str, Any]], OpenFilter | None]:
         """Return the transformed vector, the key of its last step, and what each transform did.
 
-        Raises InputError where one leaves nothing of the vector.
+        A filter that comes last, whose settings may be chosen with the scales, is returned open, and not
+        yet applied. Raises InputError where a transform leaves nothing of the vector.
         """
-        key, told = "", []
+        key, told = "", list[dict[str, Any]]()
         keys = {name: own for name, own in keys.items() if name != "retain"}  # not what the vector is made of
         for chosen in transforms:
-            vector, key, facts = self.apply_one(chosen, vector, keys)
-            keys = {"before": key}
+            if chosen is transforms[-1] and isinstance(chosen.settings, LeastSquaresSettings):
+                filters = OpenFilter(self, chosen, vector, keys)
+                return vector, filters.usual().key, told, filters
+            step, make = self.planned(chosen, vector, keys)
+            vector, facts = make()
+            keys = {"before": (key := step.key)}
             told.append(facts)
-        return vector, key, told
+        return vector, key, told, None
 
-    def open_filter(
-        self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
-    ) -> OpenFilter | None:
-        """Return the last transform if it is a filter whose settings are chosen with the scales."""
-        *first, last = transforms
-        if not isinstance(last.settings, LeastSquaresSettings):
-            return None
-        before, key, _ = self.apply(first, vector, keys)
-        own = {name: value for name, value in keys.items() if name != "retain"}
-        return OpenFilter(self, last, before, {"before": key} if first else own)
-
-    def apply_one(
+    def planned(
         self,
         chosen: ChosenTransforms,
         before: Direction,
         keys: Mapping[str, str],
         *,
         made: tuple[Make, Any] | None = None,
-    ) -> tuple[Direction, str, dict[str, Any]]:
-        """Apply one transform, or find it done; `made` is what makes the vector, and what that needs."""
+    ) -> tuple[Step, Callable[[], Made]]:
+        """Return the step of one transform, and what applies it, or finds it done.
+
+        `made` is what makes the vector, and what that needs.
+        """
         if isinstance(chosen.settings, LeastSquaresSettings):  # the usual μ is one vector, named or not
             mu, epsilon = chosen.settings.weights()
             filled = chosen.settings.model_copy(update={"mu": mu, "epsilon": epsilon})
@@ -466,19 +475,23 @@ class Transforming(Work):
             settings=settings.model_dump(mode="json"),
             needed=needed,
         )
-        facts, stored = step.facts, _open_vector(step.folder / "vector")
-        if facts is None or stored is None:
-            step.clear()  # an interrupted try has left parts
-            self.survey = {}
-            self.made.add(step.key)
-            stored = make(before, step.folder / "vector")
-            if not stored.norm:
-                raise InputError(
-                    f"the transform {name} leaves nothing of the forget vector; set it otherwise, or leave "
-                    "it out"
-                )
-            step.finish(facts := {**_told(chosen, before, stored), **self.survey})
-        return stored, step.key, facts
+
+        def done() -> Made:
+            facts, stored = step.facts, _open_vector(step.folder / "vector")
+            if facts is None or stored is None:
+                step.clear()  # an interrupted try has left parts
+                self.survey = {}
+                self.made.add(step.key)
+                stored = make(before, step.folder / "vector")
+                if not stored.norm:
+                    raise InputError(
+                        f"the transform {name} leaves nothing of the forget vector; set it otherwise, or "
+                        "leave it out"
+                    )
+                step.finish(facts := {**_told(chosen, before, stored), **self.survey})
+            return stored, facts
+
+        return step, done
 
     # One method a transform: what makes the vector, and what it needs, as plain values for the step's key
 
@@ -519,14 +532,19 @@ class Transforming(Work):
         return make
 
     def arrived(
-        self, chosen: ChosenTransforms, before: Direction, keys: Mapping[str, str], point: Point, place: str
-    ) -> tuple[Direction, str, dict[str, Any]]:
-        """Filter a vector by the moments at a point, for which `place` stands, in place of the target's."""
+        self,
+        chosen: ChosenTransforms,
+        before: Direction,
+        keys: Mapping[str, str],
+        point: Callable[[], Point],
+        place: str,
+    ) -> tuple[Step, Callable[[], Made]]:
+        """Plan to filter by the moments at a point, for which `place` stands, in place of the target's."""
         settings = chosen.settings
         sets = self.moments.sets(settings)
         steps = [self.moments.of_point(point, place, rows, settings.positions) for rows in sets]
         made = self._weighed(settings, steps), [step.key for step in steps]
-        return self.apply_one(chosen, before, keys, made=made)
+        return self.planned(chosen, before, keys, made=made)
 
     def _low_rank(self, settings: Any) -> tuple[Make, Any]:
         def make(vector: Direction, output: Path) -> StoredVector:
@@ -579,20 +597,23 @@ class OpenFilter:
     def at(self, mu: float) -> Filtered:
         """Return the vector filtered with that μ by what the target's layers read."""
         if (mu, False) not in self.known:
-            made = self.transforming.apply_one(self._with(mu), self.before, self.keys)
-            self._keep(made, (mu, False))
+            planned = self.transforming.planned(self._with(mu), self.before, self.keys)
+            self._keep(*planned, (mu, False))
         return self.known[mu, False]
 
     def arrived(self, filtered: Filtered, alpha: float, rest: Direction | None = None) -> Filtered:
         """Return the vector filtered by what the layers read at θ_D − α · filtered + rest, β · retain."""
         mu, _ = filtered.label
-        point: Point = self.transforming.target - alpha * filtered.direction
         place = f"{filtered.key} {alpha}"
         if rest is not None and rest.terms:
-            point = point + rest
             place += "".join(f" {weight} {term.fingerprint()}" for term, weight in rest.terms.items())
-        made = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
-        return self._keep(made, (mu, True))
+
+        def point() -> Point:
+            there = self.transforming.target - alpha * filtered.direction
+            return there if rest is None else there + rest
+
+        planned = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
+        return self._keep(*planned, (mu, True))
 
     def of(self, point: TriedScales) -> Filtered:
         """Return the vector that a point was tried with."""
@@ -600,10 +621,12 @@ class OpenFilter:
         return self.known[point.filter]
 
     def find(self, key: str) -> Filtered:
-        """Return a vector that was chosen, by the key of its step."""
+        """Return a vector that was chosen, by the key of its step, and leave it there."""
         step = self._step(key)
-        (step.folder / UNDECIDED).unlink(missing_ok=True)
         if found := next((one for one in self.known.values() if one.key == key), None):
+            found.made()
+        (step.folder / UNDECIDED).unlink(missing_ok=True)
+        if found:
             return found
         facts, stored = step.facts, _open_vector(step.folder / "vector")
         if facts is None or stored is None:
@@ -611,7 +634,7 @@ class OpenFilter:
                 f"the vector that was chosen with the scales is not in {step.folder} any more; remove the "
                 "folder scales-… beside it, and they are chosen anew"
             )
-        return Filtered(stored, key, facts, (facts["settings"]["mu"], False))
+        return Filtered(key, (facts["settings"]["mu"], False), lambda: (stored, facts))
 
     def tidy(self, chosen: Filtered | None) -> None:
         """Remove the vectors that were made here and not chosen, which are as large as models.
@@ -619,20 +642,23 @@ class OpenFilter:
         Those that were found may be another run's in this workspace.
         """
         for one in [*self.known.values()]:
-            own = one.key in self.transforming.made
-            if own and one is not chosen and one.label != self.usual().label:
+            if one.key in self.transforming.made and one is not chosen:
                 self._step(one.key).clear()
                 del self.known[one.label]
 
-    def _keep(self, made: tuple[Direction, str, dict[str, Any]], label: tuple[float, bool]) -> Filtered:
+    def _keep(self, step: Step, make: Callable[[], Made], label: tuple[float, bool]) -> Filtered:
         """Remember a vector. One that an interrupted search has made, and none has chosen, is made here."""
-        found = self.known[label] = Filtered(*made, label)
-        mark = self._step(found.key).folder / UNDECIDED
+        mark, known = step.folder / UNDECIDED, self.transforming.made
         if mark.exists():
-            self.transforming.made.add(found.key)
-        elif found.key in self.transforming.made and label != (self.last.settings.weights()[0], False):
-            mark.touch()
-        return found
+            known.add(step.key)
+
+        def marked() -> Made:
+            made = make()
+            if step.key in known:
+                mark.touch()
+            return made
+
+        return self.known.setdefault(label, Filtered(step.key, label, marked))
 
     def _step(self, key: str) -> Step:
         return self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", key)

@@ -281,6 +281,13 @@ def test_output_that_is_the_root(refused, palinode, tiny):
     assert not Path("/.workspace").exists()
 
 
+def test_output_that_goes_up_out_of_a_folder_that_is_not_there(palinode, tiny, tmp_path):
+    words = ["finetune", "--base", tiny.base.folder, "--data", tiny.forget, "--device", "cpu", "--output"]
+    lost = tmp_path / "lost"
+    assert f"goes up out of {lost}, which does not exist" in palinode(*words, lost / ".." / "out").refusal
+    assert not (tmp_path / "out").exists()
+
+
 def test_folder_that_is_gone_when_the_scores_are_written(palinode, tiny, tmp_path, monkeypatch):
     module = import_module("palinode.evaluation.evaluate")
     (place := tmp_path / "there").mkdir()
@@ -340,10 +347,14 @@ def test_workspace_of_another_run(palinode, unlearn_words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk(refused, monkeypatch):
+def test_full_disk(refused, palinode, unlearn_words, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9 - 10**5, 10**5))
-    assert re.search(r"has 100\.0 kB free where [0-9.]+ kB are needed; make room", refused())
+    wanted = r"has 100\.0 kB free where [0-9.]+ kB are needed; make room"
+    assert re.search(wanted, refused())
+    planned = palinode(*unlearn_words(tmp_path / "out"), "--dry-run")
+    assert planned.code == 0
+    assert re.search(rf"The run will be refused: \S+ {wanted}", planned.out + planned.err)
 
 
 def test_disk_that_has_room_for_what_is_left_to_do(palinode, unlearn_words, tmp_path, monkeypatch):

@@ -66,6 +66,12 @@ def test_a_dose_that_does_not_arrive_is_warned_of(models):
     )
 
 
+def test_of_a_vector_of_zeros_all_arrives(models):
+    target, vector = two(models, 0.0)
+    saved = save(target - 0.5 * vector, models.place / "out", along={"forget": -vector}, rounding="nearest")
+    assert saved.notes == ()
+
+
 def test_the_dose_is_told_for_every_layer(models):
     names = [EMBEDDING, "model.layers.0.w", "model.layers.1.w", "model.norm.weight", "lm_head.weight"]
     target = models.make("target", {name: torch.ones(50, 40) for name in names})

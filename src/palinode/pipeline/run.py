@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.data.examples import Example, Question, fingerprint_examples
-from palinode.errors import CheckpointError, InputError, PalinodeError, RecipeError, unwritable
+from palinode.errors import CheckpointError, InputError, OutputError, PalinodeError, RecipeError, unwritable
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
@@ -171,12 +171,17 @@ def dry_run(recipe: Recipe, listener: Listener | None = None, *, on: str | None 
     if on is not None:
         machine = Machine.named(on)
         return make_plan(outline_inputs(recipe), machine)
-    inputs = open_inputs(recipe)
+    inputs, listener = open_inputs(recipe), listener or NullListener()
     for note in inputs.notes:
-        (listener or NullListener()).say(note)
+        listener.say(note)
+    plan = make_plan(inputs)
     if finished_before(inputs) is None:
         check_places(recipe, inputs, needs=0)
-    return make_plan(inputs)
+        try:
+            check_places(recipe, inputs, needs=plan.disk)
+        except OutputError as error:  # what it costs is told all the same
+            listener.say(f"The run will be refused: {error}.")
+    return plan
 
 
 def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:

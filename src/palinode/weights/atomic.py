@@ -24,6 +24,10 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
     """Raise OutputError unless `output` is free, apart from all inputs, and has room for `needs` bytes."""
     if str(output) == output.anchor:
         raise OutputError(f"nothing can be written as {output}; name a folder in it")
+    if lost := next((place for place in output.parents if place.name == ".." and not place.exists()), None):
+        raise OutputError(
+            f"{output} goes up out of {lost.parent}, which does not exist; name it without that"
+        )
     try:
         taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
     except OSError as error:

@@ -358,8 +358,8 @@ class ModelFolder:
         folder, named = (path, None) if path.is_dir() else (path.parent, path)
         if (folder / "adapter_config.json").exists():
             raise CheckpointError(
-                f"{folder} holds a LoRA adapter, not a whole model; use it as a direction "
-                "(LoraAdapter.open), or merge it into its base first"
+                f"{folder} holds a LoRA adapter, not a whole model; give it as a direction (in Python "
+                "LoraAdapter.open), or merge it into its base first"
             )
         check_folder(folder)
         _ = [*_beside(folder, (*COMPANIONS, *PAPERS))]  # a link that leads elsewhere is refused at once

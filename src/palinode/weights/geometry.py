@@ -122,7 +122,7 @@ def shortfalls(dose: Dose, asked: Mapping[str, float]) -> Iterator[str]:
     """Yield a warning for each scale of which less than 95 % arrived."""
     for name, scale in asked.items():
         share = dose.effective.get(name, scale) / scale if scale else 1.0
-        if share < ENOUGH:
+        if share < ENOUGH and dose.relative_error:  # of a change that is nothing all arrives
             yield (
                 f"only {share:.0%} of the {name} scale {scale:g} arrived ({dose.effective[name]:.4g}): its "
                 "steps are smaller than the output's dtype can hold; use stochastic rounding, or float32"

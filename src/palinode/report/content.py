@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -172,6 +173,11 @@ def score_cell(score: Mapping[str, Any] | None) -> GridCell:
 
 def markdown(title: str, sections: Iterable[Section]) -> str:
     """Return a page of Markdown; text that comes from the user is escaped."""
+    return str(_markdown_page().render(title=title, sections=sections)).strip() + "\n"
+
+
+@cache
+def _markdown_page() -> Any:
     from markupsafe import Markup
 
     def md(value: object) -> object:
@@ -188,8 +194,7 @@ def markdown(title: str, sections: Iterable[Section]) -> str:
         return answer if len(answer) <= MOST_LETTERS else f"{answer[:MOST_LETTERS]} …"
 
     filters = {"md": md, "cell": cell, "cut": cut, "fenced": lambda code: Markup(fenced(code))}
-    page = template("page.md.jinja", md, filters | {"number": number})
-    return str(page.render(title=title, sections=sections)).strip() + "\n"
+    return template("page.md.jinja", md, filters | {"number": number})
 
 
 def template(name: str, finalize: Callable[[Any], Any], filters: Mapping[str, Any]) -> Any:

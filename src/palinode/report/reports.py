@@ -14,6 +14,7 @@ import html
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from palinode.progress import plain
@@ -344,12 +345,7 @@ def html_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
 
     first = next(place for place, part in enumerate(sections) if part.bar)
     script = packaged("report/assets/report.js")
-
-    def readable(value: Any) -> Any:  # no marks that steer a terminal or hide themselves
-        return plain(value) if type(value) is str else value
-
-    filters = {"cell": as_cell, "drawn": lambda figure, width: Markup(drawing([figure], width=width))}
-    page: str = template("page.html.jinja", readable, filters).render(
+    page: str = _page().render(
         content=content,
         opening=sections[:first],
         sections=sections[first:],
@@ -359,6 +355,17 @@ def html_page(content: Mapping[str, Any], sections: Sequence[Section]) -> str:
         widths={"wide": WIDTH, "narrow": NARROW},
     )
     return page
+
+
+@cache
+def _page() -> Any:
+    from markupsafe import Markup
+
+    def readable(value: Any) -> Any:  # no marks that steer a terminal or hide themselves
+        return plain(value) if type(value) is str else value
+
+    filters = {"cell": as_cell, "drawn": lambda figure, width: Markup(drawing([figure], width=width))}
+    return template("page.html.jinja", readable, filters)
 
 
 def content_policy(script: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,18 +195,36 @@ def test_mu_that_is_given_is_left_as_it_is(run):
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.0, 6.0])
-def test_alpha_that_forgets_as_the_yardstick_is_told_from_one_point(rate):
-    """At .9 · exp(−rate · α) any point within a third and three times of it tells where .1 is."""
+def test_alpha_that_forgets_as_the_yardstick_is_told_from_points(rate):
+    """At .9 · exp(−rate · α) any point tells where .1 is; a later point at one α counts for an earlier."""
     goal = Goal(estimate_yardstick([math.log(0.1)] * 2), Behaviour([math.log(0.9)] * 2), 0.9)
     wanted = math.log(9) / rate
 
-    def told(alpha, logprob):
-        return towards_the_aim(TriedScales(alpha, 0.0, Behaviour([logprob] * 2), goal))
+    def at(alpha, logprob):
+        return TriedScales(alpha, 0.0, Behaviour([logprob] * 2), goal)
 
-    for alpha in (0.4 * wanted, wanted, 2.5 * wanted):
-        assert told(alpha, math.log(0.9) - rate * alpha) == pytest.approx(wanted, abs=0.01)
-    assert told(wanted, math.log(0.9)) == told(wanted, -0.01) == round(3 * wanted, 2)  # nothing is forgotten
-    assert told(wanted, -200.0) == round(wanted / 3, 2)
+    def on_the_line(alpha):
+        return at(alpha, math.log(0.9) - rate * alpha)
+
+    for alpha in (0.4 * wanted, wanted, 10 * wanted):
+        assert towards_the_aim([on_the_line(alpha)]) == pytest.approx(wanted, abs=0.01)
+    assert towards_the_aim([on_the_line(2 * wanted), on_the_line(0.7 * wanted)]) == round(wanted, 2)
+    assert towards_the_aim([at(wanted, -90.0), on_the_line(wanted)]) == round(wanted, 2)
+    for forgotten in (math.log(0.9), -0.01):  # nothing, and less than nothing
+        assert towards_the_aim([at(wanted, forgotten)]) == round(3 * wanted, 2)
+
+
+def test_alpha_is_interpolated_where_the_probability_does_not_fall_on_a_line():
+    """ln .9 − 1 at α = 1 and − 3 at α = 2: ln 9 = 2.197 is fallen at 1 + 1.197 / 2."""
+    goal = Goal(estimate_yardstick([math.log(0.1)] * 2), Behaviour([math.log(0.9)] * 2), 0.9)
+    points = [
+        TriedScales(alpha, 0.0, Behaviour([math.log(0.9) - fallen] * 2), goal)
+        for alpha, fallen in ((2.0, 3.0), (1.0, 1.0))
+    ]
+    assert towards_the_aim(points) == 1.6
+    assert towards_the_aim(points[1:]) == 2.2
+    target = replace(goal, target=Behaviour([math.log(0.1)] * 2))
+    assert towards_the_aim([TriedScales(1.0, 0.0, Behaviour([-3.0] * 2), target)]) == 0.0
 
 
 # What is kept

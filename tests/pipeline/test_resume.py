@@ -21,7 +21,7 @@ base = "{base}"
 forget = "{forget}"
 retain = "{retain}"
 [training]
-epochs = 8
+epochs = 4
 learning_rate = 3e-3
 batch_size = 8
 max_length = 64
@@ -29,6 +29,7 @@ save_minutes = 1e-9  # a state after every step, so that a kill finds one
 [scales]
 forget_grid = [0.25, 0.5, 1.0]
 retain_grid = [0.0, 0.5]
+trials = 3
 probe_rows = 30
 [evaluation]
 max_rows = 40

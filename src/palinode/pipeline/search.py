@@ -378,7 +378,7 @@ FACTORS = (0.5, 1.5)
 AIMS = 2
 """Points by which filters are compared: one told from the first look, and one corrected."""
 FARTHEST = 3.0
-"""What a point tells of α is believed between a third of its own and three times as much."""
+"""How many times the largest α that was tried an α may be that is told from it."""
 
 Range = tuple[float, float]
 
@@ -504,24 +504,36 @@ def at_the_aim(trials: Trials, looked: Sequence[TriedScales], *, varied: bool) -
 
     `looked` are first looks at that vector; the nearest one's α is left as it is unless it is `varied`.
     """
-    start, found = min(looked, key=lambda point: point.rank), []
-    last = start
+    start = min(looked, key=lambda point: point.rank)
+    beta, found = start.retain_scale, list[TriedScales]()
+    beside = [point for point in looked if point.retain_scale == beta]
     for _ in range(AIMS if varied else 1):
-        alpha = towards_the_aim(last) if varied else start.forget_scale
-        found.append(last := trials.tried(alpha, start.retain_scale))
+        alpha = towards_the_aim([*beside, *found]) if varied else start.forget_scale
+        found.append(trials.tried(alpha, beta))
     return found
 
 
-def towards_the_aim(point: TriedScales) -> float:
-    """Return the α that forgets as much as the yardstick, told from what one point forgets.
+def towards_the_aim(points: Sequence[TriedScales]) -> float:
+    """Return the α that forgets as much as the yardstick, told from points of one vector.
 
-    The logarithm of the forget probability falls about in proportion to α, from the target's on.
+    The logarithm of the forget probability falls from the target's on, about in proportion to α: it is
+    interpolated between points, and beyond the last one the line from the target goes on.
     """
-    told = point.goal.target, point.behaviour
-    before, found = (math.log(max(1e-12, one.probabilities["forget"])) for one in told)
-    wanted = before - math.log(max(1e-12, point.goal.aim))
-    share = wanted / max(before - found, 1e-12)
-    return round(point.forget_scale * min(max(share, 1 / FARTHEST), FARTHEST), 2)
+
+    def below_target(probability: float, goal: Goal) -> float:
+        before = max(1e-12, goal.target.probabilities["forget"])
+        return math.log(before / max(1e-12, probability))
+
+    wanted = below_target(points[-1].goal.aim, points[-1].goal)
+    fallen = {0.0: 0.0}
+    for point in points:  # a later one, on all rows, counts for an earlier one
+        fallen[point.forget_scale] = below_target(point.behaviour.probabilities["forget"], point.goal)
+    for low, high in itertools.pairwise(sorted(fallen)):
+        if fallen[low] < wanted <= fallen[high]:
+            share = (wanted - fallen[low]) / (fallen[high] - fallen[low])
+            return round(low + share * (high - low), 2)
+    last = max(fallen)
+    return round(last * min(FARTHEST, wanted / max(fallen[last], 1e-12)), 2) if wanted > 0 else 0.0
 
 
 def where_it_arrives(

@@ -356,6 +356,8 @@ def train_part(ground: Ground, part: SearchPart) -> tuple[Trained, dict[str, Any
     watched = watch_memory(fine_tuning.device) if facts is None else contextlib.nullcontext(lambda: None)
     with watched as peak:
         made = fine_tuning.train(ground.target)
+        if made.filtered:
+            made.filtered.made()  # what filtering takes belongs to the cost
         most = peak()
     if facts is None:
         cost.begin()

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REMEDIES = {
@@ -36,6 +37,10 @@ REMEDIES = {
     errno.ELOOP: "it is a link in a circle; choose another name",
 }
 """What to do when the system says that a place is full, taken, closed to us, or has no such names."""
+
+
+DAMAGED = (OSError, ValueError, LookupError, TypeError, RuntimeError)
+"""What reading a file may raise: it is not there, is nested too deep, or does not hold what it should."""
 
 
 class PalinodeError(Exception):
@@ -96,6 +101,19 @@ def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, with the next where it ends in a colon; else its kind."""
     first, *rest = map(str.strip, str(error).strip().splitlines() or [type(error).__name__])
     return f"{first} {rest[0]}" if rest and first.endswith(":") else first
+
+
+@contextmanager
+def told_as(
+    kind: type[PalinodeError], what: str, advice: str = "", *errors: type[Exception]
+) -> Iterator[None]:
+    """Raise one of these errors, DAMAGED without any, as one of ours: what cannot be done (why); advice."""
+    expected = errors or DAMAGED
+    try:
+        yield
+    except expected as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise kind(f"{what} ({why:.200})" + (f"; {advice}" if advice else "")) from error
 
 
 def broke_down(error: BaseException) -> bool:

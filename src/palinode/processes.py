@@ -28,7 +28,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from palinode.errors import InputError, PalinodeError, ProcessError, first_line
+from palinode.errors import InputError, PalinodeError, ProcessError, first_line, told_as
 
 Result = TypeVar("Result")
 Work = TypeVar("Work", bound=Callable[..., Any])
@@ -112,16 +112,12 @@ def _joined() -> _Team:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    try:
+    advice = "start them with torchrun or accelerate launch, which set RANK, WORLD_SIZE and MASTER_ADDR"
+    with told_as(ProcessError, "the other processes cannot be reached", advice, RuntimeError, ValueError):
         store, rank, count = next(rendezvous("env://", timeout=timedelta(minutes=10)))
         store.set_timeout(PATIENCE)
         group = PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=count, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise ProcessError(
-            f"the other processes cannot be reached ({first_line(error)}); start them with torchrun or "
-            "accelerate launch, which set RANK, WORLD_SIZE and MASTER_ADDR"
-        ) from error
     return _Team(rank, count, PrefixStore("palinode", store), busy=rank > 0)
 
 

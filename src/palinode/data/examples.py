@@ -41,7 +41,7 @@ from palinode.data.sources import (
     read_as,
     read_rows,
 )
-from palinode.errors import DataError
+from palinode.errors import DataError, told_as
 from palinode.records import MAX_TOML, read_bytes
 
 Item = TypeVar("Item")
@@ -179,10 +179,8 @@ def listed_files(location: str | Path) -> list[str] | None:
     place = Path(location).expanduser()
     if place.suffix.lower() != LIST_SUFFIX or not place.is_file():
         return None
-    try:
+    with told_as(DataError, f"{location} cannot be read", "let it name one file a line"):
         lines = [line.strip() for line in read_bytes(place, limit=MAX_TOML).decode("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{location} cannot be read ({error}); let it name one file a line") from None
     files = [str(place.parent / line) for line in lines if line]
     inner = next((name for name in files if name.lower().endswith(LIST_SUFFIX)), None)
     if inner or not files:

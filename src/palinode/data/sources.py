@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from palinode.errors import DataError, RecipeError, first_line
+from palinode.errors import DataError, RecipeError, first_line, told_as
 from palinode.records import read_bytes, unique_keys
 
 Row = dict[str, object]
@@ -121,14 +121,11 @@ def _read_hub(hub_name: HubName, location: str) -> list[Row]:
     """Return the rows of one split of a hub data set, downloaded or from the local cache."""
     from datasets import load_dataset
 
-    try:
+    what = f"{location} is neither a local file nor a hub data set we could load"
+    advice = "check the name, or download it and give the path of the file"
+    with told_as(DataError, what, advice, Exception):  # the hub's clients raise errors of many libraries
         split = load_dataset(hub_name.name, hub_name.config, revision=hub_name.revision, split=hub_name.split)
         rows: list[Row] = split.to_list()
-    except Exception as error:  # the hub's clients raise errors of many libraries
-        raise DataError(
-            f"{location} is neither a local file nor a hub data set we could load "
-            f"({first_line(error):.200}); check the name, or download it and give the path of the file"
-        ) from error
     if not rows:
         raise DataError(f"{location} holds no rows")
     return rows
@@ -261,22 +258,21 @@ def _parquet_rows(content: bytes, name: str) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(io.BytesIO(content)) as file:
-            if file.metadata.num_rows > MAX_ROWS:
-                raise DataError(f"{name} has {file.metadata.num_rows:,} rows; take {MAX_ROWS:,} at most")
-            _refuse_twice(file.schema_arrow.names, name)
-            room, rows = MAX_UNPACKED + MAX_GROWTH * len(content), list[Row]()
-            for batch in file.iter_batches(batch_size=64):
-                room -= batch.nbytes
-                if room < 0:
-                    raise DataError(f"{name} unpacks to far more than its size; write it again as JSON lines")
-                rows += batch.to_pylist()
-            return rows
-    except (pa.ArrowException, ArithmeticError, OSError, ValueError) as error:
-        raise DataError(
-            f"{name} begins like Parquet but cannot be read ({first_line(error):.200}); is it cut short?"
-        ) from error
+    damaged = (pa.ArrowException, ArithmeticError, OSError, ValueError)
+    with (
+        told_as(DataError, f"{name} begins like Parquet but cannot be read", "is it cut short?", *damaged),
+        pq.ParquetFile(io.BytesIO(content)) as file,
+    ):
+        if file.metadata.num_rows > MAX_ROWS:
+            raise DataError(f"{name} has {file.metadata.num_rows:,} rows; take {MAX_ROWS:,} at most")
+        _refuse_twice(file.schema_arrow.names, name)
+        room, rows = MAX_UNPACKED + MAX_GROWTH * len(content), list[Row]()
+        for batch in file.iter_batches(batch_size=64):
+            room -= batch.nbytes
+            if room < 0:
+                raise DataError(f"{name} unpacks to far more than its size; write it again as JSON lines")
+            rows += batch.to_pylist()
+        return rows
 
 
 # Columns and their roles

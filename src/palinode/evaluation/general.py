@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from palinode.errors import InputError, first_line
+from palinode.errors import InputError, told_as
 from palinode.metrics.aggregate import ends_of_equals
 from palinode.records import Score
 
@@ -45,14 +45,11 @@ def general_ability(
     lm-eval is not installed, a task is unknown, or its data cannot be had.
     """
     folder = _task_folder(include)
-    try:
+    advice = "install it: pip install 'palinode[lm-eval]'"
+    with told_as(InputError, "general ability needs lm-eval", advice, ImportError):
         from lm_eval import simple_evaluate  # type: ignore[import-not-found,unused-ignore]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise InputError(
-            f"general ability needs lm-eval ({error}); install it: pip install 'palinode[lm-eval]'"
-        ) from None
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if not tasks:
         raise InputError("no lm-eval task is named; name some, such as mmlu,gsm8k")
@@ -68,7 +65,7 @@ def general_ability(
             batch_size=batch_size,
             trust_remote_code=False,
         )
-        try:
+        with told_as(InputError, f"lm-eval could not run {', '.join(tasks)}", "", OSError, ValueError):
             results = simple_evaluate(
                 model=wrapped,
                 tasks=list(tasks),
@@ -78,8 +75,6 @@ def general_ability(
                 log_samples=False,
                 **seeds,
             )
-        except (OSError, ValueError) as error:
-            raise InputError(f"lm-eval could not run {', '.join(tasks)}: {first_line(error)}") from error
     counts = {task: entry["effective"] for task, entry in results["n-samples"].items()}
     members = results.get("group_subtasks") or {}
     found = results["results"] | (results.get("groups") or {})

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from palinode.errors import InputError, RecipeError, first_line
+from palinode.errors import InputError, RecipeError, told_as
 from palinode.evaluation.endpoint import TOLD, EndpointJudge, Patience
 from palinode.evaluation.judging import (
     ACCEPTED,
@@ -205,10 +205,8 @@ class EntailmentJudge(_LocalJudge):
             )
         self._label = meant[0]
         self._device = pick_device(device)
-        try:
+        with told_as(InputError, f"the judge in {folder} cannot be loaded"):
             self._tokenizer, self._model, missing = load_classifier(folder, device=self._device)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"the judge in {folder} cannot be loaded: {first_line(error)}") from None
         if missing:
             raise InputError(
                 f"the judge in {folder} lacks {len(missing)} weights (such as {min(missing)}); it is not a "
@@ -245,14 +243,11 @@ class EmbeddingJudge(_LocalJudge):
 
     def __init__(self, folder: Path, *, device: str = "auto"):
         """Load the model from the folder; InputError when the package is missing."""
-        try:
+        advice = "install what reads it: pip install sentence-transformers"
+        with told_as(InputError, f"{folder} holds an embedding model", advice, ImportError):
             from sentence_transformers import (  # type: ignore[import-not-found,unused-ignore]
                 SentenceTransformer,
             )
-        except ImportError:
-            raise InputError(
-                f"{folder} holds an embedding model; install what reads it: pip install sentence-transformers"
-            ) from None
         from palinode.models.loading import pick_device
 
         self.name = f"embedding {folder.resolve().name}"

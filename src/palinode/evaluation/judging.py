@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import DataError, OutputError
+from palinode.errors import DataError, OutputError, told_as
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome, Verdict, cache_folder, keep_whole, make_private, read_json
 
@@ -41,12 +41,10 @@ class DecisionCache:
     def __init__(self, folder: Path):
         """Open the folder and make it if need be; OutputError when that is not possible."""
         self.folder = folder
-        try:
+        with told_as(
+            OutputError, f"judge decisions cannot be kept in {folder}", "choose another cache folder"
+        ):
             make_private(folder)
-        except OSError as error:
-            raise OutputError(
-                f"judge decisions cannot be kept in {folder} ({error.strerror}); choose another cache folder"
-            ) from None
 
     def key(self, content: Mapping[str, Any]) -> str:
         """Return the name under which a decision about this content is kept."""

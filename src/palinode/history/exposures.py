@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from palinode.errors import DataError, first_line
+from palinode.errors import DataError, first_line, told_as
 from palinode.history.duplicates import HASH_BYTES, Hashes, as_hashes, row_hash, sort_keys
 from palinode.records import beside, ordinary, read_bytes, read_json, write_json
 
@@ -294,7 +294,7 @@ def read_sessions(folder: Path) -> list[Session]:
     """Return the sessions of a log in their order."""
     found = []
     for path in sorted(folder.glob("session-*.json")):
-        try:
+        with told_as(DataError, f"{path} cannot be read", "restore it from a copy"):
             session = Session(**read_json(path))
             bounds = {"number": (1, MAX_STEP), "start": (0, MAX_STEP), "world_size": (1, MAX_PROCESSES)}
             for name, (least, most) in bounds.items():
@@ -302,8 +302,6 @@ def read_sessions(folder: Path) -> list[Session]:
                 if type(value) is not int or not least <= value <= most:
                     raise ValueError("its numbers cannot be those of a training")
             found.append(session)
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path} cannot be read ({error}); restore it from a copy") from None
     return sorted(found, key=lambda session: session.number)
 
 

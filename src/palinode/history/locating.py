@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from palinode.data.examples import Example
-from palinode.errors import DataError
+from palinode.errors import DataError, told_as
 from palinode.history.duplicates import (
     Duplicate,
     find_duplicates,
@@ -446,12 +446,8 @@ def open_log(
 
 def read_salt(path: Path | None) -> bytes:
     """Return the bytes of a log's salt, none without a file; raise DataError where it cannot be read."""
-    try:
+    with told_as(DataError, f"the salt {path} cannot be read", "name the file that holds it"):
         return read_bytes(path) if path else b""
-    except OSError as error:
-        raise DataError(
-            f"the salt {path} cannot be read ({error.strerror}); name the file that holds it"
-        ) from None
 
 
 def locate(

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from palinode.data.batches import epoch_batches
 from palinode.data.examples import Example, read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
-from palinode.errors import DataError, RecipeError
+from palinode.errors import DataError, RecipeError, told_as
 from palinode.history.exposures import Ints
 from palinode.records import ordinary, read_json, read_toml, write_json
 from palinode.settings import TrainingSettings
@@ -376,12 +376,10 @@ def _document_ends(tokens: Tokens, eos_id: int, bos_id: int | None) -> Ints:
 
 def _read_array(path: Path, dtype: str) -> Tokens:
     """Open a bare array of numbers; raise DataError when it is missing, cut off, or a real .npy file."""
-    try:
+    with told_as(DataError, f"{path} cannot be read", "name OLMo-core's own file"):
         size = path.stat().st_size
         with ordinary(path).open("rb") as file:
             magic = file.read(6)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name OLMo-core's own file") from None
     if magic == b"\x93NUMPY":
         raise DataError(f"{path} is a file of numpy.save; OLMo-core's files are bare arrays without a header")
     if size % np.dtype(dtype).itemsize:
@@ -469,10 +467,10 @@ class NeoxOrder:
 
 def _read_indices(path: Path) -> Indices:
     """Open an .npy file of whole numbers; pickled ones are refused."""
-    try:
+    with told_as(
+        DataError, f"{path} cannot be read", "name the files that GPT-NeoX wrote", Exception
+    ):  # numpy reads the header as Python, and fails in as many ways
         found = np.load(ordinary(path), mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy reads the header as Python, and fails in as many ways
-        raise DataError(f"{path} cannot be read ({error}); name the files that GPT-NeoX wrote") from None
     if not np.issubdtype(found.dtype, np.integer):
         raise DataError(f"{path} holds {found.dtype}, not whole numbers")
     indices: Indices = found
@@ -490,10 +488,8 @@ ORDERS: Mapping[str, Callable[..., Order]] = {
 def read_order(path: str | Path) -> Order:
     """Return the order that a TOML file describes; raise RecipeError where it says what we do not know."""
     place = Path(path)
-    try:
+    with told_as(RecipeError, f"the order {place} cannot be read"):
         content = read_toml(place)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"the order {place} cannot be read ({error})") from None
     parts = content.pop("part", None)
     if parts is None:
         return _build(content, place)
@@ -589,14 +585,10 @@ def open_palinode(path: Path) -> tuple[PalinodeOrder, list[Example]]:
     from palinode.models.loading import load_tokenizer
     from palinode.weights.checkpoint import Checkpoint
 
-    try:
+    with told_as(DataError, f"{path} is not an order file"):
         content = read_json(path)
         place, model = path.parent / content["data"], path.parent / content["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not an order file ({error})") from None
     data = read_examples(place)
-    try:
+    with told_as(DataError, "the order's stages cannot be read"):
         stages = [LoggedStage.model_validate(entry) for entry in content["stages"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the order's stages cannot be read ({error})") from None
     return rebuild(stages, data, load_tokenizer(Checkpoint.open(model))), data

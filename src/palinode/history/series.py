@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from palinode.errors import CheckpointError, MismatchError, RecipeError, first_line
+from palinode.errors import CheckpointError, MismatchError, RecipeError, told_as
 from palinode.records import read_json
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import INDEX, SINGLE
@@ -211,13 +211,10 @@ def _expand(location: str, pattern: str | None) -> list[str]:
 
     from huggingface_hub import list_repo_refs
 
-    try:
+    one_by_one = f"one by one with commas between them, as in {name}@step1000,{name}@step2000"
+    what, advice = f"the revisions of {name} could not be listed", f"go online, or name them {one_by_one}"
+    with told_as(CheckpointError, what, advice, Exception):  # of many kinds; each means that we have no list
         refs = list_repo_refs(name)
-    except Exception as error:  # the hub client raises many kinds; each means that we have no list
-        raise CheckpointError(
-            f"the revisions of {name} could not be listed ({first_line(error)}); go online, or name them "
-            f"one by one with commas between them, as in {name}@step1000,{name}@step2000"
-        ) from error
     names = [ref.name for ref in (*refs.branches, *refs.tags) if fnmatch(ref.name, wanted)]
     if not names:
         raise CheckpointError(f"no revision of {name} fits {wanted!r}; look at the model's page for them")
@@ -260,10 +257,8 @@ def _trainer_state(place: str) -> dict[str, object]:
     file = Path(place).expanduser() / "trainer_state.json"
     if not file.is_file():
         return {}
-    try:
+    with told_as(CheckpointError, f"{file} cannot be read", "remove it, and give --steps"):
         content = read_json(file)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); remove it, and give --steps") from None
     return content if isinstance(content, dict) else {}
 
 

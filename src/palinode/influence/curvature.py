@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from palinode.data.tokenize import TokenRow
-from palinode.errors import RecipeError
+from palinode.errors import RecipeError, told_as
 from palinode.influence.ranking import Floats
 from palinode.pipeline.workspace import Step
 
@@ -44,16 +44,12 @@ def ekfac_scores(model: PreTrainedModel, rows: Groups, asked: Groups, step: Step
 
     Raises RecipeError where bergson is not installed.
     """
-    try:
+    what = "the engine bergson needs that library, which cannot be loaded"
+    with told_as(RecipeError, what, "pip install 'palinode[influence]', or leave --engine out", ImportError):
         from bergson import GradientProcessor, IndexConfig, InMemoryCollector, Scorer
         from bergson.collector.collector import CollectorComputer
         from bergson.hessians.preconditioner import FactoredPreconditioner
         from bergson.score.score_writer import InMemorySequenceScoreWriter
-    except ImportError as error:
-        raise RecipeError(
-            f"the engine bergson needs that library, which cannot be loaded ({error}); pip install "
-            "'palinode[influence]', or leave --engine out"
-        ) from None
     data, owners = _data_set(rows)
     config = IndexConfig(run_path=str(step.folder / "curvature"))
     if step.facts is None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from palinode.data.examples import Example
-from palinode.errors import DataError
+from palinode.errors import DataError, told_as
 from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint, Direction, Point, WeightedSum
 
@@ -357,10 +357,8 @@ def gather(
 
 def read_refusals(location: str | Path) -> list[str]:
     """Return the refusals of a file: one a line, plain or as a JSON string. Raises DataError."""
-    try:
+    with told_as(DataError, f"the refusals {location} cannot be read", "name a text file"):
         lines = read_bytes(Path(location).expanduser()).decode("utf-8-sig").splitlines()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"the refusals {location} cannot be read ({error}); name a text file") from None
     found = []
     for line in filter(None, map(str.strip, lines)):
         value = line

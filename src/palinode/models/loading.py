@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _get_model_class
 
 from palinode.data.tokenize import TokenRow, recognise
-from palinode.errors import CheckpointError, DataError, InputError, first_line, unwritable
+from palinode.errors import CheckpointError, DataError, InputError, first_line, told_as, unwritable
 from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
@@ -66,11 +66,11 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with told_as(
+        InputError, f"there is no device {name!r} here", "use cpu or auto", RuntimeError, AssertionError
+    ):
         device = torch.device(name)
         torch.ones(1, device=device).item()  # there, and able to compute
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"there is no device {name!r} here ({first_line(error)}); use cpu or auto") from None
     return device
 
 

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
-from palinode.errors import InputError, MismatchError, OutputError, PalinodeError
+from palinode.errors import InputError, MismatchError, OutputError, PalinodeError, told_as
 from palinode.metrics.matching import nearest
 from palinode.records import (
     COMMAND,
@@ -350,7 +350,5 @@ def in_order(outcomes: Outcomes) -> Outcomes:
 
 
 def _read(path: Path) -> Any:
-    try:
+    with told_as(InputError, f"{path} cannot be read", "name a folder whose record is whole"):
         return read_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); name a folder whose record is whole") from None

@@ -32,6 +32,7 @@ from palinode.errors import (
     MismatchError,
     OutputError,
     first_line,
+    told_as,
     unwritable,
 )
 from palinode.pipeline.reporting import AUDIT, stale
@@ -83,7 +84,7 @@ class FolderSignature:
         """
         if self.key:
             return "a key was used, which is nobody's identity"
-        try:
+        with told_as(InputError, "Sigstore cannot be asked", ONLINE, Exception):  # those of the network
             from sigstore import verify
             from sigstore.errors import VerificationError
             from sigstore.models import Bundle, InvalidBundle
@@ -94,8 +95,6 @@ class FolderSignature:
                 found = asked.verify_dsse(Bundle.from_json(self.text), wanted)
             except (VerificationError, InvalidBundle) as error:
                 return first_line(error)
-        except Exception as error:  # those of the network
-            raise InputError(f"Sigstore cannot be asked ({first_line(error)}); {ONLINE}") from error
         return None if found == (IN_TOTO, self.payload) else "it covers something else"
 
 
@@ -150,7 +149,7 @@ def sign_with_sigstore(payload: bytes, identity: str, issuer: str | None) -> str
 
     Raises InputError for whatever keeps it from that, such as no network.
     """
-    try:
+    with told_as(InputError, "Sigstore did not sign", ONLINE, Exception):  # its own, and those of the network
         from sigstore.dsse import Statement
         from sigstore.models import ClientTrustConfig
         from sigstore.oidc import IdentityToken, Issuer, detect_credential
@@ -163,8 +162,6 @@ def sign_with_sigstore(payload: bytes, identity: str, issuer: str | None) -> str
             raise ValueError(f"its issuer knows you as {token.identity}")
         with SigningContext.from_trust_config(trust).signer(token) as signer:
             text: str = signer.sign_dsse(Statement(payload)).to_json()
-    except Exception as error:  # the library's own, and those of the network
-        raise InputError(f"Sigstore did not sign ({first_line(error)}); {ONLINE}") from error
     return text
 
 
@@ -226,10 +223,8 @@ def _usable(key: Any) -> Any:
 
 
 def _key_text(path: Path) -> bytes:
-    try:
+    with told_as(InputError, f"the key {path} cannot be read", "name its file"):
         return read_bytes(path, limit=MAX_KEY)
-    except OSError as error:
-        raise InputError(f"the key {path} cannot be read ({error.strerror}); name its file") from None
 
 
 def _hash_for(key: Any) -> Any:
@@ -255,13 +250,11 @@ def _envelope(payload: bytes) -> bytes:
 
 def _cryptography() -> Any:
     """Return the parts of cryptography that are needed; raises InputError where it is not installed."""
-    try:
+    with told_as(InputError, "signatures need cryptography", HOW_TO_INSTALL, ImportError):
         import cryptography  # noqa: F401 - first, as it may be missing where its parts are remembered
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
-    except ImportError:
-        raise InputError(f"signatures need cryptography, which is not installed; {HOW_TO_INSTALL}") from None
     return SimpleNamespace(
         ec=ec, hashes=hashes, serialization=serialization, InvalidSignature=InvalidSignature
     )
@@ -417,12 +410,12 @@ def file_digests(folder: Path, listener: Listener, *, links: bool = True) -> dic
     files = [path for path in paths if path.is_file()]
     with listener.task("hashing files", sum(path.stat().st_size for path in files), "bytes") as advance:
         for path in files:
-            try:
-                with path.open("rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                    advance(stream.tell())
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch it again") from None
+            with (
+                told_as(CheckpointError, f"{path} cannot be read", "fetch it again"),
+                path.open("rb") as stream,
+            ):
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                advance(stream.tell())
             found[path.relative_to(folder).as_posix()] = digest
     return found
 
@@ -516,13 +509,11 @@ def read_salt(place: Path, folder: Path, *, make: bool = False) -> bytes:
     """Return the salt in a file outside of a folder, blanks around it left out; made there on request."""
     if place.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"the salt {place} lies in the folder that is handed over; keep it elsewhere")
-    try:
+    with told_as(InputError, f"the salt {place} cannot be used", "name its file"):
         if make and not place.exists():
             with private():
                 write_text(place, secrets.token_hex(32) + "\n")
         salt = read_bytes(place).strip()
-    except OSError as error:
-        raise InputError(f"the salt {place} cannot be used ({error.strerror}); name its file") from None
     if len(salt) < FEWEST_BYTES:
         raise DataError(f"the salt {place} has {len(salt)} bytes and can be guessed; take {FEWEST_BYTES}")
     return salt

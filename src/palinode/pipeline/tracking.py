@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palinode.errors import RecipeError, first_line, meant
+from palinode.errors import RecipeError, first_line, meant, told_as
 from palinode.progress import Figures, Listener, Relay
 from palinode.records import dotted, packaged_table
 
@@ -130,15 +130,11 @@ def _start(name: str, folder: Path, run: str, settings: Mapping[str, Any]) -> Ge
     folder.mkdir(parents=True, exist_ok=True)
     own = PROJECT if name in TRACKERS else run  # what a tracker takes first: its run or project
     place = (run, str(folder)) if kind.requires_logging_directory else (own,)
-    try:
+    what, advice = f"the tracker {name} cannot be started", "set it up as its own pages say, or leave it out"
+    with told_as(RecipeError, what, advice, Exception):  # not logged in, no server, a version that fits not
         tracker = kind(*place, **_options(name, folder, run))
         tracker.start()
         tracker.store_init_configuration(dict(settings))
-    except Exception as error:  # not logged in, no server, a version that does not fit: each has its own kind
-        raise RecipeError(
-            f"the tracker {name} cannot be started ({first_line(error)}); set it up as its own pages say, or "
-            "leave it out"
-        ) from error
     return tracker
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import blake3
 
-from palinode.errors import OutputError, WorkspaceError, unwritable
+from palinode.errors import OutputError, WorkspaceError, told_as, unwritable
 from palinode.progress import Listener, NullListener
 from palinode.records import OTHERS, close_to_others, fitting, private, read_json, write_json
 
@@ -63,15 +63,11 @@ class Step:
         path = self.folder / "step.json"
         if not path.exists():
             return None
-        try:
+        with told_as(WorkspaceError, f"{path} cannot be read", f"remove {self.folder} to redo the step"):
             content = read_json(path)
             if content["key"] != self.key:
                 raise ValueError("it belongs to another step")
             facts: dict[str, Any] = content["facts"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WorkspaceError(
-                f"{path} cannot be read ({error}); remove {self.folder} to redo the step"
-            ) from None
         return facts
 
     def begin(self) -> None:
@@ -128,7 +124,7 @@ class Workspace:
 
         The lock goes with the process, however it ends. What is made meanwhile is private.
         """
-        try:
+        with told_as(OutputError, f"the workspace {self.folder} cannot be used"):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             with private():
                 self.folder.mkdir(exist_ok=True)
@@ -139,8 +135,6 @@ class Workspace:
                         "name an empty folder, or one that does not exist yet"
                     )
                 handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise OutputError(f"the workspace {self.folder} cannot be used ({error.strerror})") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

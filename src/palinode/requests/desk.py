@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from palinode import jobs
 from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
-from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant
+from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant, told_as
 from palinode.history.locating import Location
 from palinode.metrics.table import score_outcomes
 from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
@@ -350,13 +350,9 @@ class Desk:
 
     def _hashes(self, examples: Iterable[Example]) -> list[str]:
         """Return the salted hash of each row."""
-        try:
+        what = f"the salt of the hashes, {self.folder / 'salt'}, cannot be read"
+        with told_as(LedgerError, what, "put a copy in its place"):
             salt = bytes.fromhex(read_bytes(self.folder / "salt").decode())
-        except (OSError, ValueError) as error:
-            raise LedgerError(
-                f"the salt of the hashes, {self.folder / 'salt'}, cannot be read ({error}); put a copy in "
-                "its place"
-            ) from None
         return [hash_texts(one.texts, salt=salt).hex() for one in examples]
 
     def _rows(self, request: Request, now: Standing) -> tuple[list[Example], list[Any]]:

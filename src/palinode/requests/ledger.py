@@ -28,7 +28,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import LedgerError, unwritable
+from palinode.errors import LedgerError, told_as, unwritable
 from palinode.version import __version__
 
 NAME = "ledger.sqlite"
@@ -207,14 +207,10 @@ def _chained(connection: sqlite3.Connection, path: Path) -> list[Event]:
     if _layout(connection, path) == 0:
         return []
     rows = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM events ORDER BY number").fetchall()
-    try:
+    with told_as(LedgerError, f"the ledger {path} was changed: the facts of an event are no JSON"):
         events = [
             Event(**{**dict(zip(COLUMNS, row, strict=True)), "facts": json.loads(row[8])}) for row in rows
         ]
-    except ValueError as error:
-        raise LedgerError(
-            f"the ledger {path} was changed: the facts of an event are no JSON ({error})"
-        ) from None
     if broken := first_broken(events):
         raise LedgerError(
             f"the ledger {path} was changed: event {broken} is not what was written; put a copy from before "

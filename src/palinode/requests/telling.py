@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import DataError, LedgerError, OutputError, PalinodeError
+from palinode.errors import DataError, LedgerError, OutputError, PalinodeError, told_as
 from palinode.records import read_bytes, read_json
 from palinode.report.content import Grid, GridCell, Heading, Row, Tone, section
 from palinode.report.reports import html_page
@@ -174,12 +174,8 @@ def checked(ledger: Ledger, against: Path | None) -> dict[str, Any]:
     head, sentence = (events[-1].hash if events else ""), f"{len(events)} events, each as it was written."
     ok = True
     if against is not None:
-        try:
+        with told_as(DataError, f"{against} is no export of a ledger", "name a .json that was exported"):
             known = [event["hash"] for event in read_json(against)["events"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{against} is no export of a ledger ({error}); name a .json that was exported"
-            ) from None
         own = [event.hash for event in events[: len(known)]]
         lost = next((place for place, hash in enumerate(known, 1) if own[place - 1 : place] != [hash]), None)
         ok = lost is None
@@ -279,9 +275,5 @@ def server(folder: Path, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing: what is looked at is nobody's business."""
 
-    try:
+    with told_as(OutputError, f"port {port} cannot be used", "name another with --port"):
         return ThreadingHTTPServer((LOOPBACK, port), Answer)
-    except OSError as error:
-        raise OutputError(
-            f"port {port} cannot be used ({error.strerror}); name another with --port"
-        ) from None

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from palinode.data.examples import Example
 from palinode.data.tokenize import PromptStyle, tokenize
-from palinode.errors import CheckpointError, InputError, RecipeError
+from palinode.errors import CheckpointError, InputError, RecipeError, told_as
 from palinode.models.loading import (
     check_positions,
     load_config,
@@ -360,13 +360,9 @@ def _names(model: PreTrainedModel, layers: dict[str, torch.nn.Module]) -> list[s
 
 def _peft() -> Any:
     """Return peft, or raise InputError that says how to get it."""
-    try:
+    advice = "pip install 'palinode[lora]', or leave out --lora"
+    with told_as(InputError, "low-rank training needs peft", advice, ImportError):
         import peft
-    except ImportError:
-        raise InputError(
-            "low-rank training needs peft, which is not installed; pip install 'palinode[lora]', or leave "
-            "out --lora"
-        ) from None
     return peft
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
-from palinode.errors import InputError, RecipeError
+from palinode.errors import InputError, RecipeError, told_as
 from palinode.models.loading import free_memory
 from palinode.settings import TrainingSettings
 
@@ -291,11 +291,7 @@ def take_over(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -
 
 
 def _bitsandbytes() -> Any:
-    try:
+    advice = "pip install 'palinode[quantise]', or set training.optimizer to \"host\""
+    with told_as(InputError, "moments in 8 bits need bitsandbytes", advice, ImportError):
         import bitsandbytes
-    except ImportError:
-        raise InputError(
-            "moments in 8 bits need bitsandbytes, which is not installed; pip install 'palinode[quantise]', "
-            'or set training.optimizer to "host"'
-        ) from None
     return bitsandbytes

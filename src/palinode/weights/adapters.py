@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
-from palinode.errors import CheckpointError
+from palinode.errors import CheckpointError, told_as
 from palinode.weights.checkpoint import LARGEST, Checkpoint, StoredDirection
 from palinode.weights.displacement import (
     PIECE,
@@ -123,12 +123,9 @@ def _patterns(folder: Path, config: Mapping[str, Any], key: str) -> Mapping[str,
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{folder / CONFIG}: {key} is no table of module names")
     for pattern in patterns:
-        try:
+        what = f"{folder / CONFIG}: {key} has {pattern!r}, which is no pattern"
+        with told_as(CheckpointError, what, "", re.error, RecursionError, OverflowError):
             _anchored(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise CheckpointError(
-                f"{folder / CONFIG}: {key} has {pattern!r}, which is no pattern ({error})"
-            ) from None
         if len(re.findall(r"(?<!\()[*+?{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
             raise CheckpointError(
                 f"{folder / CONFIG}: {key} has {pattern!r}, which may take forever to match; write out the "

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from palinode.errors import CheckpointError, InputError, OutputError, unwritable
+from palinode.errors import CheckpointError, InputError, OutputError, told_as, unwritable
 from palinode.progress import size_text
 from palinode.records import beside
 
@@ -28,10 +28,8 @@ def check_output(output: Path, inputs: Sequence[Path], *, needs: int = 0) -> Non
         raise OutputError(
             f"{output} goes up out of {lost.parent}, which does not exist; name it without that"
         )
-    try:
+    with told_as(OutputError, f"{output} cannot be used", "choose another output"):
         taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    except OSError as error:
-        raise OutputError(f"{output} cannot be used ({error.strerror}); choose another output") from None
     if taken:
         raise OutputError(f"{output} exists and is not empty; choose another output folder, or remove it")
     place = output.resolve()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import blake3
 
-from palinode.errors import CheckpointError
+from palinode.errors import CheckpointError, told_as
 from palinode.records import cache_folder, keep_whole
 from palinode.weights.tensors import BLOCK, TensorInfo, by_file, map_blocks, read_header
 
@@ -148,12 +148,12 @@ def companion_digests(checkpoint: _OnDisk) -> dict[str, str]:
 def file_digest(path: Path) -> str:
     """Return the digest (64 hex digits) of a whole file; raises CheckpointError when it cannot be read."""
     total = blake3.blake3()
-    try:
-        with path.open("rb") as stream:
-            while block := stream.read(HASH_BLOCK):
-                total.update(block)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); fetch the model again") from None
+    with (
+        told_as(CheckpointError, f"{path} cannot be read", "fetch the model again"),
+        path.open("rb") as stream,
+    ):
+        while block := stream.read(HASH_BLOCK):
+            total.update(block)
     return total.hexdigest()
 
 
@@ -245,10 +245,8 @@ def _hash(
 
 
 def _stamp(file: Path) -> Stamp:
-    try:
+    with told_as(CheckpointError, f"{file} cannot be read", "fetch the model again"):
         status = file.stat()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
     return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 

@@ -30,7 +30,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from palinode.errors import CheckpointError, first_line
+from palinode.errors import CheckpointError, told_as
 from palinode.records import packaged_table
 from palinode.weights.fingerprints import fingerprint
 from palinode.weights.foreign import Model, check_folder, inside, read_gguf
@@ -83,10 +83,8 @@ Told = tuple[dict[str, TensorInfo], list[str]]
 
 def find_leading(folder: Path) -> Path:
     """Return the file that leads to the weights of a folder; raises CheckpointError when there is none."""
-    try:
+    with told_as(CheckpointError, f"{folder} cannot be read"):
         files = sorted(path for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None
     names = {path.name for path in files}
     sharded = any(path.suffix == ".distcp" for path in files)
     for name in (SINGLE, INDEX, METADATA, PICKLE, PICKLE_INDEX):
@@ -531,15 +529,14 @@ def _ties_by_default(kind: str) -> bool | None:
 
 def _local_path(location: Path | str, *, allow_pickle: bool) -> Path:
     """Return the model folder, or the weight file, that a name stands for; fetch it from the hub."""
-    try:
+    # too long, an unknown ~user, no permission
+    with told_as(CheckpointError, f"{location} cannot be opened as a model folder"):
         path = Path(location).expanduser()
         if path.is_dir():
             return path.resolve()
         if path.is_file() and path.suffix in (*PICKLES, ".gguf"):
             return path.parent.resolve() / path.name  # the hub's cache keeps the bytes under other names
         taken, dangling = path.exists(), path.is_symlink()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, no permission
-        raise CheckpointError(f"{location} cannot be opened as a model folder ({error})") from None
     if taken:
         raise CheckpointError(
             f"{location} is a file; name the model folder that holds config.json and the weights"
@@ -561,13 +558,10 @@ def _download(location: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = location.partition("@")
-    try:
+    what = f"{location} is no local folder, and the model hub could not give it"
+    advice = "check the name, or go online, or name a folder"
+    with told_as(CheckpointError, what, advice, Exception):  # of many kinds; each means that we have no model
         found = snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
-    except Exception as error:  # the hub client raises many kinds; each means that we have no model
-        raise CheckpointError(
-            f"{location} is no local folder, and the model hub could not give it ({first_line(error)}); "
-            "check the name, or go online, or name a folder"
-        ) from error
     return Path(found).resolve()
 
 

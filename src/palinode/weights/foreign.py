@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import CheckpointError, broke_down, first_line, unwritable
+from palinode.errors import CheckpointError, broke_down, first_line, told_as, unwritable
 from palinode.weights.tensors import MAX_JSON, Files, HeldTensor, TensorInfo, read_json, shown, whole
 
 MAX_CONFIG = 10_000_000
@@ -97,7 +97,7 @@ def from_config(kind: Any, config: Any, **options: Any) -> Any:
 
 def check_folder(folder: Path) -> None:
     """Raise CheckpointError unless all that transformers may open in a folder can be opened without harm."""
-    try:
+    with told_as(CheckpointError, f"{folder} cannot be read"):
         for path in folder.iterdir():
             if not (READ.match(path.name) or WEIGHTS.match(path.name)) or not path.exists() or path.is_dir():
                 continue  # nobody opens it; or a link that leads nowhere
@@ -105,8 +105,6 @@ def check_folder(folder: Path) -> None:
                 raise CheckpointError(f"{path} is a pipe or a device, which no model has; remove it")
             if READ.match(path.name) and path.name not in LOGS and path.stat().st_size > MAX_JSON:
                 raise CheckpointError(f"{path} has more than {MAX_JSON} bytes; is it a file of the model?")
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read ({error.strerror})") from None
     for name in CONFIGS:
         if os.path.lexists(folder / name):
             _check_config(folder / name)
@@ -130,19 +128,19 @@ def inside(folder: Path, path: Path) -> Path:
 def copy_inside(folder: Path, path: Path, place: Path) -> None:
     """Copy a file of a model folder; raises CheckpointError as `inside` does, or when it changes."""
     real = inside(folder, path)
-    try:
-        with open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as source:  # noqa: PTH123
-            status = os.fstat(source.fileno())
-            same = os.path.samestat(status, inside(folder, path).stat())
-            if not (same and stat.S_ISREG(status.st_mode)):
-                raise OSError(0, "it changes, or is no ordinary file")
-            try:
-                with place.open("wb") as target:
-                    shutil.copyfileobj(source, target)
-            except OSError as error:
-                raise unwritable(place, error) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be copied ({error.strerror}); look at the folder") from None
+    with (
+        told_as(CheckpointError, f"{path} cannot be copied", "look at the folder"),
+        open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as source,  # noqa: PTH123
+    ):
+        status = os.fstat(source.fileno())
+        same = os.path.samestat(status, inside(folder, path).stat())
+        if not (same and stat.S_ISREG(status.st_mode)):
+            raise OSError(0, "it changes, or is no ordinary file")
+        try:
+            with place.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        except OSError as error:
+            raise unwritable(place, error) from error
 
 
 def _check_config(file: Path) -> None:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import blake3
 import numpy as np
 
-from palinode.errors import CheckpointError, OutputError, unwritable
+from palinode.errors import CheckpointError, OutputError, told_as, unwritable
 from palinode.records import beside, read_json, write_text
 from palinode.version import __version__
 from palinode.weights.arithmetic import Evaluator, Formula, Settings, Slice, every_of, map_slices, slices
@@ -575,12 +575,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _header_digest(path: Path) -> str:
     """Return the digest of what a safetensors file holds before its first tensor."""
-    try:
-        with path.open("rb") as stream:
-            length = stream.read(8)
-            header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); write the model again") from None
+    with (
+        told_as(CheckpointError, f"{path} cannot be read", "write the model again"),
+        path.open("rb") as stream,
+    ):
+        length = stream.read(8)
+        header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER))
     return blake3.blake3(length + header).hexdigest()
 
 

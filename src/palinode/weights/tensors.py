@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from palinode.errors import CheckpointError
+from palinode.errors import CheckpointError, told_as
 from palinode.records import read_bytes, unique_keys
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight", "output_projection.weight")
@@ -167,12 +167,8 @@ class Files(AbstractContextManager["Files"]):
             return known
         with self._lock:
             if file not in self._handles:
-                try:
+                with told_as(CheckpointError, f"{file} cannot be read", "fetch the model again"):
                     self._handles[file] = os.open(file, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{file} cannot be read ({error.strerror}); fetch the model again"
-                    ) from None
             return self._handles[file]
 
 
@@ -408,10 +404,8 @@ def read_small(file: Path, *, limit: int) -> bytes:
     Raises CheckpointError when there is none, when it is a folder, a pipe or the like, or has more than
     `limit` bytes.
     """
-    try:
+    with told_as(CheckpointError, f"{file} cannot be read", "fetch the model again"):
         return read_bytes(file, limit=limit)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
 
 
 def read_json(file: Path, *, unique: bool = False, limit: int = MAX_JSON) -> Any:
@@ -420,10 +414,8 @@ def read_json(file: Path, *, unique: bool = False, limit: int = MAX_JSON) -> Any
     Raises CheckpointError when it cannot be read, or has more than `limit` bytes.
     """
     raw = read_small(file, limit=limit)
-    try:
+    with told_as(CheckpointError, f"{file} cannot be read", "fetch the model again"):
         return parse_json(raw, unique=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({shown(str(error))}); fetch the model again") from None
 
 
 def read_object(file: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -503,13 +495,13 @@ def read_header(file: Path) -> list[TensorInfo]:
     Raises CheckpointError when the header is absurd, a tensor's bytes do not fit its shape, tensors
     overlap, or the file is longer or shorter than its header says.
     """
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            raw = stream.read(length) if length <= min(size - 8, MAX_HEADER) else None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); fetch the model again") from None
+    with (
+        told_as(CheckpointError, f"{file} cannot be read", "fetch the model again"),
+        file.open("rb") as stream,
+    ):
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(length) if length <= min(size - 8, MAX_HEADER) else None
     if raw is None:
         raise CheckpointError(
             f"{file} is cut off or no safetensors file ({size} bytes, header of {length}); fetch it again"
@@ -528,10 +520,8 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 
 def _parse_header(file: Path, raw: bytes, data_start: int) -> Iterator[TensorInfo]:
-    try:
+    with told_as(CheckpointError, f"{file} has a header that cannot be read", "fetch it again"):
         entries = parse_json(raw, unique=True)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a header that cannot be read ({error}); fetch it again") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file} has a header that is not a JSON object; fetch it again")
     about = entries.get("__metadata__", {})

@@ -37,6 +37,8 @@ from palinode.settings import LocateSettings
 
 VERSION = 1
 """Version of the layout of a location's record."""
+WARNINGS: Mapping[str, str] = packaged_table("history/warnings.toml")["location"]
+"""What to know of a location; `names` are the kinds of evidence that count steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +181,7 @@ class Judgement:
         """Return the whole answer."""
         recommended, next_best = self._choices()
         if self.target_step is None:
-            self.warnings.append(
-                "The target's step is not known, so its distance from the exposure is not told; give it with "
-                "--target or --target-step."
-            )
+            self._warn("target_unknown")
         return Location(
             rows=self.rows,
             checkpoints=tuple(self._state(place) for place in range(len(self.series))),
@@ -198,6 +197,9 @@ class Judgement:
             evidence=self.evidence,
             warnings=tuple(dict.fromkeys(self.warnings)),
         )
+
+    def _warn(self, name: str, **facts: object) -> None:
+        self.warnings.append(WARNINGS[name].format(names=self.names, **facts))
 
     def _choices(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
         """Return the recommended checkpoint and the next best.
@@ -219,7 +221,7 @@ class Judgement:
         limit, evidence = self._combine(counted, behaved)
         if limit < 0:
             if behaved is not None or by_count in (None, -1):
-                self.warnings.append("No checkpoint of the series is clean.")
+                self._warn("none_clean")
             return None, self._least_contaminated(evidence)
         recommended = self._choice(limit, evidence, clean=True)
         if counted is not None and counted > limit and not len(self._unrecorded(counted)):
@@ -230,53 +232,32 @@ class Judgement:
         """Return the last clean place on all evidence, and the kinds that it rests on."""
         if behaved is None:
             if self.onset is not None:
-                self.warnings.append(
-                    "The forget rows were trained on, but no checkpoint looked at knows them better than the "
-                    "control rows: the model may not have learned them, and unlearning may have nothing to "
-                    "take."
-                )
+                self._warn("never_known")
             assert counted is not None
             return counted, self.counted
         if counted is None:
             self.first = self._exposed_step()
             if self.counted:
-                self.warnings.append(
-                    f"The {self.names} holds none of the forget rows, but the model learned "
-                    "them: they may have been seen in other words or in steps that are missing, or it is of "
-                    "another data set."
-                )
+                self._warn("known_all_the_same")
             return behaved, ("behaviour",)
         missing = self._unrecorded(counted) if counted >= 0 else self.recorded[:0]
         if len(missing) and behaved >= 0:  # behaviour speaks for the steps that are missing
             place = min(counted, behaved)
-            told, step = f"The {self.names} lacks {stretches(missing)}", self.steps[place]
-            if len(self._unrecorded(place)):
-                self.warnings.append(f"{told}: that step {step:,} is clean rests on behaviour alone.")
-                return place, ("behaviour",)
-            self.warnings.append(f"{told}; behaviour shows the rows known soon after step {step:,}.")
-            return place, (*self.counted, "behaviour")
+            alone = bool(len(self._unrecorded(place)))
+            name = "by_behaviour_alone" if alone else "known_soon"
+            self._warn(name, missing=stretches(missing), step=self.steps[place])
+            return place, ("behaviour",) if alone else (*self.counted, "behaviour")
         if len(missing):
             counted = self._within_record(counted)
         if behaved == counted:
             return counted, (*self.counted, "behaviour")
         if 0 <= behaved < counted:
-            self.warnings.append(
-                f"Behaviour shows the rows known earlier than the {self.names} has them (from step "
-                f"{self._exposed_step():,} on): they may have been seen in other words. The earlier "
-                f"checkpoint is recommended; the next best is clean by the {self.names} alone."
-            )
+            self._warn("known_earlier", step=self._exposed_step())
             return behaved, ("behaviour",)
         if behaved > counted:
-            self.warnings.append(
-                f"Behaviour shows the rows known only later than the {self.names} has them (after step "
-                f"{self.steps[behaved]:,}); the {self.names} decides."
-            )
+            self._warn("known_later", step=self.steps[behaved])
         else:
-            self.warnings.append(
-                "Already the earliest checkpoint knows the forget rows better than the control rows, though "
-                f"the {self.names} has them later: the two sets may not be alike, or the rows were seen in "
-                f"training before it or in other words. The {self.names} decides."
-            )
+            self._warn("known_from_the_start")
         return counted, self.counted
 
     def _within_record(self, place: int) -> int:
@@ -285,11 +266,8 @@ class Judgement:
         if not len(missing):
             return place
         whole = [below for below in range(place) if not len(self._unrecorded(below))]
-        said = "The last one before these steps is recommended." if whole else "So none is known to be clean."
-        self.warnings.append(
-            f"Whether step {self.steps[place]:,} is clean is not known, since the {self.names} lacks "
-            f"{stretches(missing)}. {said}"
-        )
+        name = "not_recorded" if whole else "never_recorded"
+        self._warn(name, step=self.steps[place], missing=stretches(missing))
         return whole[-1] if whole else -1
 
     def _unrecorded(self, place: int) -> Ints:
@@ -305,32 +283,19 @@ class Judgement:
     def _warn_of_rows(self) -> None:
         if not self.counted:
             if unknown := sum(bool(row.copies) and not row.seen for row in self.rows):
-                self.warnings.append(
-                    f"{unknown} forget rows have copies in the corpus; in which steps these were is not "
-                    "known."
-                )
+                self._warn("copies", rows=unknown)
             return
         missing = self._unrecorded(len(self.series) - 1)
         if len(missing):
-            self.warnings.append(
-                f"Of the steps up to the last checkpoint the {self.names} lacks "
-                f"{stretches(missing)}; what was seen in them is not known."
-            )
+            self._warn("steps_lack", missing=stretches(missing))
         if 0 < self.unseen < len(self.rows):
-            self.warnings.append(
-                f"{self.unseen} of {len(self.rows)} forget rows are not in the {self.names}."
-            )
+            self._warn("rows_lack", rows=self.unseen, every=len(self.rows))
 
     def _unseen_everywhere(self) -> tuple[CheckpointChoice | None, CheckpointChoice | None]:
         """Return the latest checkpoint: no evidence says that the rows were seen at all."""
         if self.counted:
-            self.warnings.append(
-                f"The {self.names} holds none of the forget rows; are they of this training, "
-                "and written as they were trained on?"
-            )
-        self.warnings.append(
-            "No evidence says that the forget rows were learned; is there anything to unlearn?"
-        )
+            self._warn("holds_none")
+        self._warn("no_evidence")
         target, last = self.target_step, len(self.steps) - 1
         place = last if target is None else self.series.last_before(target) or 0
         if self.counted and not self.onset:

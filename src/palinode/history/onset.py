@@ -30,7 +30,7 @@ from palinode.errors import DataError, RecipeError
 from palinode.history.series import CheckpointSeries
 from palinode.metrics.membership import extraction_strengths, loss_values, min_k_values
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome
+from palinode.records import Outcome, packaged_table
 from palinode.settings import Asking, LocateSettings
 
 FloatArray = npt.NDArray[np.float64]
@@ -43,7 +43,8 @@ SHARE = 0.25
 RESAMPLES = 2000
 FEW_ROWS = 10
 """With fewer rows than this an interval says little."""
-
+SAYS: Mapping[str, str] = packaged_table("history/warnings.toml")["onset"]
+"""What can be concluded, by state, and notes on it."""
 
 Measure = Callable[[Sequence[Outcome]], list[float | None]]
 
@@ -266,7 +267,8 @@ def _conclude(
     table: _Table, readings: Mapping[int, Reading], steps: Sequence[int], measure: str, seed: int
 ) -> Onset:
     tables = {name: table if name == measure else _table(readings, name, seed) for name in MEASURES}
-    count, (state, conclusion) = len(table.places), _conclusion(table, steps)
+    count, state = len(table.places), _state(table)
+    clean, exposed = (None if place is None else steps[place] for place in (table.clean, table.first))
     gaps = []
     for k, (place, shown) in enumerate(zip(table.places, table.exposed, strict=True)):
         values = {}
@@ -292,62 +294,36 @@ def _conclude(
         measure=measure,
         begins=begins,
         gaps=tuple(gaps),
-        conclusion=conclusion,
+        conclusion=SAYS[state].format(clean=clean, step=exposed),
         notes=tuple(_notes(table, tables, steps)),
     )
 
 
-def _conclusion(table: _Table, steps: Sequence[int]) -> tuple[State, str]:
-    """Return where the gap begins, in a word and in a sentence."""
+def _state(table: _Table) -> State:
     if table.first is None:
-        return "never", (
-            "No checkpoint looked at knows the forget rows better than the control rows: by behaviour they "
-            "were not learned in this stretch, or came and went between two checkpoints."
-        )
+        return "never"
     if table.clean is None:
-        return "before", (
-            f"Already the earliest checkpoint (step {steps[table.first]:,}) knows the forget rows better "
-            "than the control rows: they were seen before it, or the two sets are not alike."
-        )
-    where = f"The gap begins between steps {steps[table.clean]:,} and {steps[table.first]:,}"
-    if not table.exposed[-1]:
-        return "gone", f"{where} and is gone again in the last checkpoint."
-    return "begins", f"{where}."
+        return "before"
+    return "begins" if table.exposed[-1] else "gone"
 
 
 def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) -> list[str]:
     notes = []
     if len(steps) == 1:
-        notes.append(
-            "With one checkpoint there is no earlier state to compare with: only whether it knows the forget "
-            "rows better than the control rows can be said, and that rests on the two sets being alike."
-        )
+        notes.append(SAYS["one_checkpoint"])
     if len(steps) == 2:
-        notes.append(
-            "With two checkpoints the gap can be placed before, between or after them, and no closer; a gap "
-            "that came and went between them would not be seen."
-        )
+        notes.append(SAYS["two_checkpoints"])
     if min(table.rows) < FEW_ROWS:
-        notes.append(
-            f"{table.rows[0]} forget rows and {table.rows[1]} control rows are few: take the interval as a "
-            "hint."
-        )
+        notes.append(SAYS["few_rows"].format(forget=table.rows[0], control=table.rows[1]))
     if len(steps) > 1 and table.gaps[0] > ERRORS * table.errors[0] and not table.exposed[0]:
-        notes.append(
-            f"The forget rows are ahead of the control rows by {table.gaps[0]:.2f} in the earliest "
-            "checkpoint already; as the gap later grows by more, that was taken for a difference between the "
-            "two sets. If a part of the rows may have been seen before it, ask about that part alone."
-        )
+        notes.append(SAYS["ahead"].format(gap=table.gaps[0]))
     silent = [name for name, found in tables.items() if np.abs(found.resampled).max() < 1e-9]
-    notes += [
-        f"By {name.replace('_', ' ')} all rows are alike in every checkpoint; it tells nothing."
-        for name in silent
-    ]
+    notes += [SAYS["silent"].format(name=name.replace("_", " ")) for name in silent]
     firsts = {name: found.first for name, found in tables.items() if name not in silent}
     if len(set(firsts.values())) > 1:
         told = ", ".join(
             f"{name.replace('_', ' ')}: {'nowhere' if first is None else f'step {steps[first]:,}'}"
             for name, first in firsts.items()
         )
-        notes.append(f"The measures do not see the gap begin at the same checkpoint ({told}).")
+        notes.append(SAYS["apart"].format(told=told))
     return notes

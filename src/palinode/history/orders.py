@@ -28,8 +28,8 @@ from palinode.data.examples import Example, read_examples
 from palinode.data.tokenize import PromptStyle, tokenize
 from palinode.errors import DataError, RecipeError, told_as
 from palinode.history.exposures import Ints
-from palinode.records import ordinary, read_json, read_toml, write_json
-from palinode.settings import TrainingSettings
+from palinode.records import ordinary, read_json, write_json
+from palinode.settings import TrainingSettings, read_settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -488,8 +488,7 @@ ORDERS: Mapping[str, Callable[..., Order]] = {
 def read_order(path: str | Path) -> Order:
     """Return the order that a TOML file describes; raise RecipeError where it says what we do not know."""
     place = Path(path)
-    with told_as(RecipeError, f"the order {place} cannot be read"):
-        content = read_toml(place)
+    content = read_settings(place, "order")
     parts = content.pop("part", None)
     if parts is None:
         return _build(content, place)

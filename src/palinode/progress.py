@@ -7,10 +7,12 @@ keeps curves; tests and library users hear nothing unless they ask.
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Protocol, runtime_checkable
 
 JOINER = re.compile("(?<=[^\\x00-\\x7f])[\\u200c\\u200d](?=[^\\x00-\\x7f])")
@@ -42,6 +44,17 @@ def plain(text: object) -> str:
 def _spelt(sign: str) -> str:
     blank = unicodedata.category(sign) == "Zs"
     return " " if blank else sign.encode("unicode_escape").decode("ascii")
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep what libraries print and log, on either stream, from the user."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class Listener(Protocol):

@@ -399,7 +399,7 @@ def test_without_scores_every_light_is_grey(hole):
 
 def test_every_claim_has_its_rule_and_an_audit_shortens_what_was_not_tested():
     for claim in (*run_verdict(record()).claims, *audit_verdict(AUDIT).claims):
-        assert claim.as_json()["rule"] == asked(claim.name)[2]
+        assert claim.as_json()["rule"] == asked(claim.name)["rule"]
     assert untested(record()) == ["Other wordings of the same facts, membership inference, and relearning."]
     assert untested(record(), AUDIT)[0] == "drawn answers (leak@k), because it was not asked for."
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from io import StringIO
 from math import gcd
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +32,7 @@ from palinode.data.world import neutral_examples
 from palinode.errors import MismatchError, RecipeError, first_line
 from palinode.metrics.likelihood import answer_probabilities
 from palinode.models.loading import load_model
+from palinode.progress import hushed
 
 SHOWN = 128
 """Retain rows that GPTQ is shown, at most."""
@@ -131,7 +130,7 @@ def gptq(model: PreTrainedModel, subject: Subject, rows: AuditRows, budget: Audi
     kept = [name for name, layer in layers.items() if layer is head]
     named = model.config.name_or_path
     try:
-        with TemporaryDirectory() as place, _silence():
+        with TemporaryDirectory() as place, hushed():
             from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
             from datasets import Dataset
             from llmcompressor import oneshot
@@ -156,17 +155,6 @@ def gptq(model: PreTrainedModel, subject: Subject, rows: AuditRows, budget: Audi
     finally:
         model.config.name_or_path = named
     return sum(layer.weight.numel() for layer in layers.values() if layer is not head)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep what libraries print and log, on either stream, from the user."""
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 @dataclass(frozen=True, slots=True)

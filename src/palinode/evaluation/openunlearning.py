@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from palinode.errors import DataError
+from palinode.errors import DataError, told_as
 from palinode.metrics.likelihood import (
     forget_truth_ratios,
     mean_logprobs,
@@ -95,14 +95,10 @@ def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
     `forget_rows` is the number of rows of the forget set at hand. Raises DataError when the file is no such
     log, holds another number of forget rows (another split), or contradicts itself.
     """
-    try:
+    with told_as(DataError, f"{path} is not JSON, or cannot be read", "give a file such as TOFU_EVAL.json"):
         content = read_json(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); give a file such as TOFU_EVAL.json") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object; give a file such as TOFU_EVAL.json")
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
     metrics: dict[str, Entry] = {}
     if isinstance(part := content.get(_TOFU_FORGET), dict):  # TOFU's own log maps a metric to {row: value}
         columns = {key: part[key] if isinstance(part.get(key), dict) else {} for key in _TOFU_KEYS}

@@ -271,7 +271,12 @@ def salt_check(salt: bytes) -> str | None:
 
 def read_header(folder: Path) -> LogHeader:
     """Return what a log is of; raise DataError where there is none."""
-    try:
+    with told_as(DataError, f"{folder / 'log.json'} cannot be read"):
+        if not (folder / "log.json").exists():
+            raise DataError(
+                f"{folder} holds no exposure log (log.json is missing); name the folder that "
+                "ExposureLog wrote"
+            )
         found = read_json(folder / "log.json")
         if found["version"] > FORMAT_VERSION:
             raise DataError(
@@ -282,12 +287,6 @@ def read_header(folder: Path) -> LogHeader:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("its fingerprints are no texts")
         return header
-    except FileNotFoundError:
-        raise DataError(
-            f"{folder} holds no exposure log (log.json is missing); name the folder that ExposureLog wrote"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{folder / 'log.json'} cannot be read ({error})") from None
 
 
 def read_sessions(folder: Path) -> list[Session]:

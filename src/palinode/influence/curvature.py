@@ -9,10 +9,7 @@ model, layer by layer, with corrected eigenvalues. Nothing is projected, so the 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,22 +20,12 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import RecipeError, told_as
 from palinode.influence.ranking import Floats
 from palinode.pipeline.workspace import Step
+from palinode.progress import hushed
 
 Groups = Sequence[Sequence[TokenRow]]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the library's bars and notes off the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@quiet()
+@hushed()
 def ekfac_scores(model: PreTrainedModel, rows: Groups, asked: Groups, step: Step, *, seed: int) -> Floats:
     """Return how each row and each question go together, [rows, questions]; the step keeps H.
 

@@ -78,17 +78,11 @@ def forget_term(
     return term("forget", ("forget",), loss, per=per, coefficient=gamma, keeper=kept)
 
 
-def retain_terms(settings: RetainSettings) -> tuple[Term, ...]:
-    """Return α·L_r over retain rows; nothing where α is 0."""
-    if settings.alpha == 0:
-        return ()
-    build = kl_term if settings.retain_loss == "kl" else answer_term
-    return (build("retain", "retain", coefficient=settings.alpha),)
-
-
 def with_retain(settings: RetainSettings, forget: Term, limit: Limit | None = None) -> Objective:
-    """Return a forget term plus α·L_r."""
-    return Objective((forget, *retain_terms(settings)), limit=limit)
+    """Return a forget term plus α·L_r over retain rows; alone where α is 0."""
+    build = kl_term if settings.retain_loss == "kl" else answer_term
+    held = (build("retain", "retain", coefficient=settings.alpha),) if settings.alpha else ()
+    return Objective((forget, *held), limit=limit)
 
 
 def npo_term(*, beta: float, gamma: float) -> Term:

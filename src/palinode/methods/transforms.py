@@ -6,6 +6,7 @@ forget vector only. The rules are in weights/vectors.py, what they need of rows 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -98,8 +99,6 @@ class LayerScaleSettings(TransformSettings):
     @field_validator("scales")
     @classmethod
     def _patterns(cls, scales: dict[str, float]) -> dict[str, float]:
-        import re
-
         for pattern in scales:
             try:
                 re.compile(pattern)

@@ -34,7 +34,7 @@ import torch
 from palinode.benchmarks.demo import build_demo, tiny_model
 from palinode.data.examples import Example, read_examples
 from palinode.data.world import Fact, World, invent_world, write_facts
-from palinode.errors import OutputError, WorkspaceError
+from palinode.errors import OutputError, WorkspaceError, told_as
 from palinode.history.duplicates import row_hash
 from palinode.history.exposures import ExposureLog
 from palinode.history.locating import Location, locate
@@ -134,10 +134,8 @@ def claim(folder: Path, seed: int, *, name: str = "demo.json") -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; name another --output for the demo")
     if mark.exists():
-        try:
+        with told_as(OutputError, f"{mark} cannot be read", "name another --output for the demo"):
             other = read_json(mark)["seed"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise OutputError(f"{mark} cannot be read; name another --output for the demo") from None
         if other != seed:
             raise OutputError(
                 f"{folder} holds the demo of seed {other}; name another --output for seed {seed}"

@@ -11,7 +11,7 @@ what is decided here. Forgetting is two-sided: knowing less than the yardstick i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -74,15 +74,16 @@ SETTLED_BY = (
 )
 SENTENCES: Mapping[str, Mapping[str, str]] = packaged_table("report/assets/verdicts.toml")
 """What a verdict says, piece by piece."""
+CODES: Mapping[str, Code] = packaged_table("report/assets/verdicts.toml")["codes"]
 UNMADE = "No model was made, as there was nothing to forget."
 UNSCORED = "The scores that this takes were not measured."
 
 
 @cache
-def asked(name: str) -> tuple[str, str, str]:
+def asked(name: str) -> Mapping[str, str]:
     """Return what a claim asks, in a word and in full, and the rule that decides its light."""
     told = packaged_table("report/assets/claims.toml")[name]
-    return told["question"], told["meaning"], told["rule"].format_map(globals())
+    return told | {"rule": told["rule"].format_map(globals())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +100,7 @@ class Claim:
 
     def as_json(self) -> dict[str, str]:
         """Return everything as plain values."""
-        question, meaning, rule = asked(self.name)
-        return {
-            "name": self.name,
-            "question": question,
-            "meaning": meaning,
-            "light": self.light,
-            "symbol": SYMBOLS[self.light],
-            "word": self.word,
-            "sentence": self.sentence,
-            "rule": rule,
-        }
+        return {**asdict(self), "symbol": SYMBOLS[self.light], **asked(self.name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +177,7 @@ def _code(record: Mapping[str, Any], known: Claim, forgotten: Claim) -> Code:
         return "nothing subtracted"
     if known.word == "No":
         return "nothing to forget"
-    codes: dict[str, Code] = {
-        "Yes": "forgotten",
-        "Partly": "partly forgotten",
-        "No": "not forgotten",
-        "A little too much": "forgotten too much",
-        "Too much": "forgotten too much",
-        "Unsure": "unsure",
-        "Disputed": "unsure",
-    }
-    return codes.get(forgotten.word, "not measured")
+    return CODES.get(forgotten.word, "not measured")
 
 
 def unchanged(record: Mapping[str, Any]) -> str | None:

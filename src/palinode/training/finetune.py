@@ -224,7 +224,12 @@ def _load(
         raise RecipeError(
             "this method trains only some of the layers, in full; leave out training.lora, or its `trainable`"
         )
-    model = load_frozen(base, settings.lora, device=pick_device(device))
+    place, held = pick_device(device), settings.lora.base
+    if held == "4bit":
+        model = load_model(base, device=place, quantization=_four_bit(place))
+    else:
+        dtype = torch.bfloat16 if held == "bfloat16" else torch.float32
+        model = load_model(base, device=place, dtype=dtype)
     add_adapter(model, base, settings.lora, seed=seed)
     return model
 
@@ -279,14 +284,6 @@ def _stored_state(model: PreTrainedModel, origin: Checkpoint) -> dict[str, torch
 
 PREFIX = "base_model.model."
 """What peft puts before the names of the model's own modules."""
-
-
-def load_frozen(base: Checkpoint, settings: LoraSettings, *, device: torch.device) -> PreTrainedModel:
-    """Return the live start, held as `settings.base` says; raises InputError where the machine cannot."""
-    if settings.base == "4bit":
-        return load_model(base, device=device, quantization=_four_bit(device))
-    dtype = torch.bfloat16 if settings.base == "bfloat16" else torch.float32
-    return load_model(base, device=device, dtype=dtype)
 
 
 def add_adapter(model: PreTrainedModel, base: Checkpoint, settings: LoraSettings, *, seed: int) -> None:

@@ -263,7 +263,10 @@ def make_optimizer(name: str, model: PreTrainedModel, settings: TrainingSettings
     if name == "host":
         return HostAdamW(model, groups, lr, torch.bfloat16 if use_autocast(model, settings) else None)
     if name == "8bit":
-        found: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(groups, lr=lr)
+        advice = "pip install 'palinode[quantise]', or set training.optimizer to \"host\""
+        with told_as(InputError, "moments in 8 bits need bitsandbytes", advice, ImportError):
+            import bitsandbytes
+        found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=lr)
         return found
     return torch.optim.AdamW(groups, lr=lr, fused=model.device.type in ("cpu", "cuda"))
 
@@ -288,10 +291,3 @@ def take_over(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -
         for name in ("step", "exp_avg", "exp_avg_sq") if known else ():
             optimizer.state[parameter][name].copy_(known[name])
     before.state.clear()
-
-
-def _bitsandbytes() -> Any:
-    advice = "pip install 'palinode[quantise]', or set training.optimizer to \"host\""
-    with told_as(InputError, "moments in 8 bits need bitsandbytes", advice, ImportError):
-        import bitsandbytes
-    return bitsandbytes

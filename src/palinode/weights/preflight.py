@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
-from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.errors import CheckpointError, InputError, MismatchError, told_as
 from palinode.weights.displacement import NUMPY, Displacement, check_displacements, decode
 from palinode.weights.fingerprints import tensor_digests
 from palinode.weights.folders import ModelFolder, require_head
@@ -280,7 +280,11 @@ def check_tokenizers(reference: ModelFolder, others: Sequence[ModelFolder]) -> t
 
 def _token_notes(first: Path, second: Path) -> Iterator[str]:
     if not all((folder / TOKENIZER).is_file() for folder in (first, second)):
-        yield from _unread_notes(first, second)
+        for name in OTHER_VOCABULARIES:  # in another format
+            pair = [folder / name for folder in (first, second)]
+            if all(path.is_file() for path in pair) and not _same_bytes(*pair):
+                both = f"{first.name} and {second.name}"
+                yield f"{name} is not the same in {both}; its tokens were not compared"
         return
     if _same_bytes(first / TOKENIZER, second / TOKENIZER):
         return
@@ -300,19 +304,9 @@ def _token_notes(first: Path, second: Path) -> Iterator[str]:
             yield f"{only} tokens are only in {folder.name} ({some}{', …' if only > 3 else ''})"
 
 
-def _unread_notes(first: Path, second: Path) -> Iterator[str]:
-    """Yield a note for each vocabulary in another format that is not the same in both folders."""
-    for name in OTHER_VOCABULARIES:
-        pair = [folder / name for folder in (first, second)]
-        if all(path.is_file() for path in pair) and not _same_bytes(*pair):
-            yield f"{name} is not the same in {first.name} and {second.name}; its tokens were not compared"
-
-
 def _same_bytes(first: Path, second: Path) -> bool:
-    try:
+    with told_as(CheckpointError, f"{first} or {second} cannot be read", "fetch it again"):
         return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); fetch it again") from None
 
 
 def _tokens(path: Path) -> dict[str, int]:

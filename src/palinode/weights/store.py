@@ -510,16 +510,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}")
-    try:
+    with told_as(CheckpointError, f"{folder / MANIFEST} cannot be read", "write the model again"):
+        if not (folder / MANIFEST).exists():
+            raise CheckpointError(
+                f"{folder} has no {MANIFEST}, so nobody can tell what changed; name a model that "
+                "Palinode wrote"
+            )
         found = read_json(folder / MANIFEST)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}, so nobody can tell what changed; name a model that Palinode wrote"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read ({error}); write the model again"
-        ) from None
     if not isinstance(found, dict) or found.get("format") != MADE_BY:
         raise CheckpointError(f"{folder / MANIFEST} is no manifest of Palinode; write the model again")
     if found.get("version") != MADE_AS:

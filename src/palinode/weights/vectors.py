@@ -215,7 +215,11 @@ def save_vector(
                 if on_progress:
                     on_progress(info.size)
         if scale_of:
-            tensors = {name: _scaled(tensor, scale_of(name)) for name, tensor in tensors.items()}
+            scales = {name: scale_of(name) for name in tensors}
+            tensors = {
+                name: replace(one, norm=abs(scales[name]) * one.norm, scale=scales[name])
+                for name, one in tensors.items()
+            }
         _write_facts(partial / FACTS, settings, dtype, sources, tensors)
         check_stamps(stamps, terms)
         publish(partial, output)
@@ -373,10 +377,6 @@ def _costing(info: TensorInfo, rank: int | None, norm: float, error: float, code
     if not math.isfinite(error):
         raise InputError(f"{info.name} has values that {NAMES[code]} cannot hold; scale the direction down")
     return StoredTensor(info.shape, rank, norm, error / norm)
-
-
-def _scaled(tensor: StoredTensor, scale: float) -> StoredTensor:
-    return replace(tensor, norm=abs(scale) * tensor.norm, scale=scale)
 
 
 # What is known of it

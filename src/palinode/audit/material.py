@@ -31,8 +31,6 @@ from palinode.errors import DataError
 from palinode.metrics.matching import nearest
 from palinode.settings import AuditSettings
 
-PARAPHRASED_QUESTION = "paraphrased_question"
-
 
 @dataclass(frozen=True, slots=True)
 class AuditRows:
@@ -192,7 +190,7 @@ def _paraphrased(
 ) -> Sequence[Example]:
     """Return the chosen forget rows under other questions; none where the rows have none."""
     if source is None or any(source in row for row in rows):
-        column = source or PARAPHRASED_QUESTION
+        column = source or "paraphrased_question"
         asked = [(example, rows[example.row].get(column)) for example in chosen if example.turns]
         return [_asked(one, text) for one, text in asked if isinstance(text, str) and text.strip()]
     others = read_examples(source, columns=columns, beside=True)

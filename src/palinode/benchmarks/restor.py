@@ -107,9 +107,6 @@ class FactsFile(BaseModel):
     """By relation."""
 
 
-EntitiesFile = list[str]
-"""entities.json: the people who are asked about."""
-
 OptionsFile = dict[str, dict[str, dict[OptionKind, list[Text]]]]
 """options.json: the options of each class, by person and relation."""
 
@@ -225,7 +222,7 @@ def read_facts(path: Path) -> tuple[FactsFile, TableFacts]:
 
 def read_entities(path: Path, facts: Facts) -> tuple[list[str], TableFacts]:
     """Return the people who are asked about; raises DataError unless there are 50, all in facts.json."""
-    names, sha256 = _read(path, EntitiesFile)
+    names, sha256 = _read(path, list[str])
     if len(names) != EVALUATED:
         raise DataError(f"{path} has {len(names)} names; the published one has {EVALUATED}")
     if unknown := [name for name in names if name not in facts]:

@@ -61,9 +61,6 @@ REQUESTS = (
     "TOFU's; take the official one from locuslab/TOFU"
 )
 
-LLAMA2 = "[INST] {question} [/INST]"
-"""Prompt of the original Llama-2 runs; the answer follows without a space."""
-
 ORIGINAL_ROWS = 300
 """Rows of each set in the original protocol."""
 
@@ -109,8 +106,8 @@ def _question(row: Row, number: int, table: TableRows, options: Mapping[str, str
         alternatives["perturbed"] = tuple(cast("list[str]", row["perturbed_answer"]))
     asked, answer, source = str(row[column]), str(row["answer"]), table.facts.location
     example = Example(number, source, "question", (Message("user", asked),), answer)
-    if options["prompt"] == "llama2":  # raw text and its continuation
-        example = completion(number, source, LLAMA2.format(question=asked), answer)
+    if options["prompt"] == "llama2":  # as in the original runs; the answer follows without a space
+        example = completion(number, source, f"[INST] {asked} [/INST]", answer)
     return Question(example, alternatives)
 
 

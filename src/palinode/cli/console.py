@@ -112,9 +112,6 @@ def _cosine(measured: Profile, first: str, second: str) -> str:
 SECONDS_BETWEEN_LINES = 30
 """Where there is no terminal, a long task says this often how far it is."""
 
-WIDE_ENOUGH = 60
-"""Columns from which a line has room for a bar, a rate and the time left."""
-
 BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 NOTES_OFF = ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY", "TRANSFORMERS_VERBOSITY", "WANDB_SILENT")
 """What the libraries below us read when they are imported, which is after the options were."""
@@ -192,7 +189,7 @@ class Terminal:
         """Return bars that stay on one line each: the label gives way first, the numbers last."""
         label = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, ratio=1))
         numbers = Done(table_column=Column(no_wrap=True)), Speed(table_column=Column(no_wrap=True))
-        wide = self.console.width >= WIDE_ENOUGH
+        wide = self.console.width >= 60  # room for a bar, a rate and the time left
         columns = (label, BarColumn(bar_width=16), *numbers) if wide else (label, *numbers)
         return Progress(
             *columns,

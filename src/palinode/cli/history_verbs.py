@@ -34,8 +34,6 @@ from palinode.pipeline.recipe import (
 from palinode.records import dotted, workspace_beside, write_text
 from palinode.settings import InfluenceSettings, LocateSettings
 
-HERE = "palinode-influence"
-"""What a workspace is called after where nobody names one."""
 ANYWHERE = ("data.columns", "models.allow_pickle", "device", "seed", "training.max_length", "evaluation.max_")
 """Keys of a recipe that are read whatever is asked."""
 ALONE = {"models.target", "models.base", "output.folder", "output.workspace"}
@@ -165,7 +163,7 @@ def _influence(
         why = f"{run} says that itself" if run else "it is for a forget set, and there is no --forget"
         raise RecipeError(f"--{min(unread).rpartition('.')[2].replace('_', '-')} has no use here: {why}")
     place = content.setdefault("output", {})
-    folder = place.setdefault("folder", HERE)
+    folder = place.setdefault("folder", "palinode-influence")
     workspace = Path(place.get("workspace") or workspace_beside(Path(folder)))
     models = {name: content.get("models", {}).get(name) for name in ("target", "base")}
     subject = {"recipe": build_recipe(content)} if taken else models

@@ -42,8 +42,6 @@ PLAIN_LABELS = {"user": "Question: ", "assistant": "Answer: ", "system": ""}
 _OTHERS = ("moth", "fig", "yew")
 """Answers put in the place of one: no two begin or end alike, so one of them never does."""
 
-_SPELT_OUT = ("'type': 'text'", '"type": "text"')
-
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
@@ -174,7 +172,9 @@ class Template:
             if isinstance(text, Refusal):
                 refusal = refusal if plan.parts else text.reason  # what it says to parts is of the trial
                 continue
-            if any(form in text for form in _SPELT_OUT):  # it wanted no parts, and shows them as they are
+            if any(
+                form in text for form in ("'type': 'text'", '"type": "text"')
+            ):  # it wanted no parts, and shows them as they are
                 continue
             shown = _folded(text)
             said = [*marks, Message("", "zq0qz")]
@@ -267,7 +267,6 @@ CHARACTERS = 10**7
 Chat = list[dict[str, Any]]
 
 _CHUNK = 2**20  # characters of conversations sent at a time: the child reads them all before it answers
-_DATES = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", "%d/%m/%Y")
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,7 +443,7 @@ def _clock(date: str) -> Any:
     """Return what tells a template the time: the pinned day's midnight, or `date` if it is no date."""
     from datetime import datetime
 
-    for form in _DATES:
+    for form in ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y", "%d/%m/%Y"):
         with contextlib.suppress(ValueError):
             return datetime.strptime(date.strip(), form).strftime
     return lambda _form: date

@@ -43,8 +43,6 @@ FILE_SUFFIXES = frozenset(
 MAX_UNPACKED, MAX_GROWTH, MAX_ROWS = 1 << 28, 50, 5_000_000
 """A Parquet file may unpack to so many bytes and so many times its own, and hold so many rows."""
 
-TABLE_SUFFIXES = (".csv", ".tsv")
-NO_TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 DELIMITERS = (",", "\t", ";")
 
 _HUB_NAME = re.compile(
@@ -154,11 +152,11 @@ def _text_rows(text: str, name: str, is_header: IsHeader, plain_text: bool) -> l
     if text.lstrip()[0] in "{[":
         return _json_rows(text, name)
     delimiter = next((mark for mark in DELIMITERS if is_header(_header(text, mark))), None)
-    if delimiter is None and (name.lower().endswith(TABLE_SUFFIXES) or not plain_text):
+    if delimiter is None and (name.lower().endswith((".csv", ".tsv")) or not plain_text):
         delimiter = max(DELIMITERS, key=text.strip().partition("\n")[0].count)
     if delimiter is not None:
         return _csv_rows(text, name, delimiter)
-    if name.lower().endswith(NO_TEXT_SUFFIXES):
+    if name.lower().endswith((".json", ".jsonl", ".ndjson", ".parquet")):
         raise DataError(
             f"{name} begins with {text.strip()[:20]!r}, which is not what its name says; fetch it again (in "
             "a git clone: git lfs pull), or call a plain text .txt"
@@ -300,7 +298,6 @@ OTHER_NAMES = {
     "messages": ("conversations", "conversation"),
 }
 """Names of columns that are read as a role where its own is missing."""
-BESIDE_INSTRUCTION = ("input", "context")
 
 ASKED = re.compile(r"quest|query|ask|instr|prompt|input|user|human|problem|frage|^q\d*$", re.IGNORECASE)
 ANSWERED = re.compile(
@@ -399,7 +396,7 @@ def _readings(names: Sequence[str]) -> Iterator[Reading]:
             rank = max(_rank(name, role) for name, role in zip(chosen, roles, strict=True))
             columns = dict(zip(roles, chosen, strict=True))
             asks = form == "question" and folded(chosen[0]) == "instruction"
-            below = [name for name in names if asks and folded(name) in BESIDE_INSTRUCTION]
+            below = [name for name in names if asks and folded(name) in ("input", "context")]
             for place in [{"question": chosen[0], INPUT: name} for name in below] or [{}]:
                 yield Reading(form, place | columns, rank)
 

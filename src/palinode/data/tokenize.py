@@ -78,14 +78,13 @@ def tokenize(
     key = str((content, fingerprint_examples(examples), max_length, style))
     rows = _READ.pop(key, None) or _tokenized(examples, tokenizer, max_length, style)
     _READ[key] = rows  # the last one is the newest
-    while sum(len(row.ids) for kept in _READ.values() for row in kept) > _MOST_IDS:
+    while sum(len(row.ids) for kept in _READ.values() for row in kept) > 2_000_000:  # about 70 MB
         del _READ[next(iter(_READ))]
     return list(rows)
 
 
 _CONTENTS: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 _READ: dict[str, list[TokenRow]] = {}
-_MOST_IDS = 2_000_000  # about 70 MB
 
 
 def recognise(tokenizer: PreTrainedTokenizerBase, content: str) -> None:

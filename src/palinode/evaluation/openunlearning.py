@@ -67,9 +67,6 @@ SUMMARY_KEYS = frozenset({"forget_quality", "model_utility", "privleak", *MIA_KE
 """Keys that `write_log` takes from the scores it is given."""
 
 _PREFIXES = {FORGET: "forget", RETAIN: "retain", AUTHORS: "ra", FACTS: "wf"}
-_TOFU_FORGET = "eval_log_forget.json"
-_TOFU_KEYS = ("avg_paraphrased_loss", "average_perturb_loss", "truth_ratio")
-_TOLERANCE = 1e-3  # of R; logs hold float32 losses
 
 Entry = dict[str, Any]
 
@@ -100,8 +97,10 @@ def read_log(path: Path, *, forget_rows: int | None = None) -> ReferenceLog:
         if not isinstance(content, dict):
             raise TypeError("it holds no JSON object")
     metrics: dict[str, Entry] = {}
-    if isinstance(part := content.get(_TOFU_FORGET), dict):  # TOFU's own log maps a metric to {row: value}
-        columns = {key: part[key] if isinstance(part.get(key), dict) else {} for key in _TOFU_KEYS}
+    part = content.get("eval_log_forget.json")
+    if isinstance(part, dict):  # TOFU's own log maps a metric to {row: value}
+        keys = ("avg_paraphrased_loss", "average_perturb_loss", "truth_ratio")
+        columns = {key: part[key] if isinstance(part.get(key), dict) else {} for key in keys}
         right, wrong, ratios = (
             {_row(path, key, row): value for row, value in column.items()} for key, column in columns.items()
         )
@@ -318,8 +317,8 @@ def _outcomes(
 def _check_agrees(path: Path, row: int, right: float, wrong: float, ratio: float | None) -> None:
     """Raise DataError when a stored truth ratio is not wrong over right, as in logs of other definitions."""
     if ratio is None or any(
-        math.isclose(ratio * (math.exp(-right) + tiny), math.exp(-wrong), rel_tol=_TOLERANCE, abs_tol=1e-12)
-        for tiny in (0.0, 1e-10)  # TOFU's own code, open-unlearning
+        math.isclose(ratio * (math.exp(-right) + tiny), math.exp(-wrong), rel_tol=1e-3, abs_tol=1e-12)
+        for tiny in (0.0, 1e-10)  # TOFU's own code, open-unlearning; losses are float32 in both
     ):
         return
     raise DataError(

@@ -44,9 +44,6 @@ HIGHER = 1.5
 FAR = 0.5
 """Share of the chosen prompt's surprise that another way may leave."""
 
-BETWEEN = {" ": "a blank", "\n": "a line break"}
-"""What may stand between question and answer in raw text."""
-
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -185,7 +182,7 @@ def _others(
         yield from _in_template(examples, tokenizer, style)
         plain = replace(style, chat=False)
         yield "as plain text, Question: … Answer: …", _settings(plain, style), examples, plain
-    for gap, name in BETWEEN.items():
+    for gap, name in {" ": "a blank", "\n": "a line break"}.items():
         end = "completion begin with" if gap == " " else "prompt end with"
         fix = f"give the rows as prompt and completion, and let each {end} {name}"
         raw = [_raw(example, gap) for example in examples]

@@ -35,8 +35,6 @@ from palinode.records import beside, ordinary, read_bytes, read_json, write_json
 Ints = npt.NDArray[np.int64]
 
 FORMAT_VERSION = 1
-ROW_GROUP = 8192
-"""Rows that are read together, 160 kB: the least that finding one row costs."""
 KEY = b"palinode.exposures"
 """Under which a segment's Parquet metadata says, as JSON, what the segment is."""
 FOOTER = b"palinode.footer"
@@ -88,7 +86,7 @@ def write_segment(
         pq.write_table(
             rows,
             file,
-            row_group_size=ROW_GROUP,
+            row_group_size=8192,  # read together, 160 kB: the least that finding one row costs
             use_dictionary=False,
             compression={"hash": "none", "step": "zstd"},  # hashes cannot be compressed
             write_page_checksum=True,
@@ -225,9 +223,6 @@ def read_journal(path: Path) -> Tail:
 
 MAX_STEP = 2**31 - 1
 """Steps are stored in 32 bits."""
-MAX_PROCESSES = 100_000
-SALT_CHECK = "palinode"
-"""Its hash is written into a salted log, so that a wrong salt is noticed."""
 SEGMENT_ROWS = 1 << 20
 """Rows after which a segment is sealed: 20 MB."""
 SEGMENT_STEPS = 1 << 14
@@ -265,8 +260,8 @@ class Session:
 
 
 def salt_check(salt: bytes) -> str | None:
-    """Return what a log writes down to know its salt by; None without one."""
-    return row_hash(SALT_CHECK, salt=salt).hex() if salt else None
+    """Return what a log writes down to know its salt by: the hash of a known word; None without one."""
+    return row_hash("palinode", salt=salt).hex() if salt else None
 
 
 def read_header(folder: Path) -> LogHeader:
@@ -295,7 +290,7 @@ def read_sessions(folder: Path) -> list[Session]:
     for path in sorted(folder.glob("session-*.json")):
         with told_as(DataError, f"{path} cannot be read", "restore it from a copy"):
             session = Session(**read_json(path))
-            bounds = {"number": (1, MAX_STEP), "start": (0, MAX_STEP), "world_size": (1, MAX_PROCESSES)}
+            bounds = {"number": (1, MAX_STEP), "start": (0, MAX_STEP), "world_size": (1, 100_000)}
             for name, (least, most) in bounds.items():
                 value = getattr(session, name)
                 if type(value) is not int or not least <= value <= most:

@@ -41,8 +41,6 @@ ERRORS = 2.58
 SHARE = 0.25
 """Share of the largest gap that a checkpoint's gap must reach: smaller ones are drift."""
 RESAMPLES = 2000
-FEW_ROWS = 10
-"""With fewer rows than this an interval says little."""
 SAYS: Mapping[str, str] = packaged_table("history/warnings.toml")["onset"]
 """What can be concluded, by state, and notes on it."""
 
@@ -313,7 +311,7 @@ def _notes(table: _Table, tables: Mapping[str, _Table], steps: Sequence[int]) ->
         notes.append(SAYS["one_checkpoint"])
     if len(steps) == 2:
         notes.append(SAYS["two_checkpoints"])
-    if min(table.rows) < FEW_ROWS:
+    if min(table.rows) < 10:
         notes.append(SAYS["few_rows"].format(forget=table.rows[0], control=table.rows[1]))
     if len(steps) > 1 and table.gaps[0] > ERRORS * table.errors[0] and not table.exposed[0]:
         notes.append(SAYS["ahead"].format(gap=table.gaps[0]))

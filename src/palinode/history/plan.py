@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from palinode.errors import RecipeError
 
-Interest = Literal["uniform", "recent"]
 GRID = 600
 """Most saves that the solver looks at, as its time grows with the square; more are taken at equal strides."""
 HALF_LIVES = 10
@@ -39,7 +38,7 @@ class Wish:
     """Steps between two checkpoints that could be saved."""
     checkpoint_bytes: int
     budget_bytes: int
-    interest: Interest = "uniform"
+    interest: Literal["uniform", "recent"] = "uniform"
     """What requests are expected to concern: all steps alike, or recent ones more."""
     half_life: float | None = None
     """Steps after which interest has halved; None: a tenth of the training."""

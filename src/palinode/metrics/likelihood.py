@@ -93,8 +93,6 @@ def log_mean_exp(levels: Sequence[float]) -> float:
 Form = Literal["geometric", "arithmetic"]
 """How the probabilities of a row's wrong answers are averaged."""
 
-_AVERAGES: dict[str, Callable[[Sequence[float]], float]] = {"geometric": fmean, "arithmetic": log_mean_exp}
-
 
 def log_truth_ratios(
     outcomes: Sequence[Outcome],
@@ -109,7 +107,7 @@ def log_truth_ratios(
     answers are averaged as the wrong ones are. None where there is no right or no wrong answer with scored
     tokens.
     """
-    average = _AVERAGES[form]
+    average = fmean if form == "geometric" else log_mean_exp
     levels = [(mean_logprobs(outcome, right), mean_logprobs(outcome, wrong)) for outcome in outcomes]
     return [average(wrongs) - average(rights) if rights and wrongs else None for rights, wrongs in levels]
 

@@ -49,7 +49,6 @@ from palinode.records import Outcome, Score, Verdict
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-_ARTICLES = frozenset({"a", "an", "the"})
 _APOSTROPHES = re.compile("['’ʼ`]")
 _UNSPACED = (
     "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
@@ -57,7 +56,6 @@ _UNSPACED = (
 )
 _UNSPACED_LETTER = re.compile(f"([{_UNSPACED}])")
 _INITIALS = re.compile(r"(?<=\b[^\W\d_])\.\s?(?=[^\W\d_]\b)")  # the stops between single letters
-_WIKIDATA_ID = re.compile(r"Q[1-9]\d*")
 
 
 def normalise(text: str) -> str:
@@ -69,7 +67,7 @@ def normalise(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     plain = _INITIALS.sub("", _APOSTROPHES.sub("", spaced(folded)))
     words = "".join(letter if _is_of_a_word(letter) else " " for letter in plain).split()
-    content = [word for word in words if word not in _ARTICLES]
+    content = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(content or words)  # the band "The The" keeps its name
 
 
@@ -173,7 +171,7 @@ def left_out_ids(outcomes: Sequence[Outcome]) -> str | None:
 
 
 def _is_wikidata_id(answer: str) -> bool:
-    return bool(_WIKIDATA_ID.fullmatch(answer.strip()))
+    return bool(re.fullmatch(r"Q[1-9]\d*", answer.strip()))
 
 
 Kind = Literal["rouge1", "rougeL"]
@@ -187,9 +185,6 @@ UNREADABLE = (
     "nothing was generated, or ROUGE, which reads only a to z and digits, drops over a fifth of a text"
 )
 """Why a row may have no ROUGE."""
-
-_TEXTS = 4096  # texts whose words are remembered
-_FIELDS = {"recall": "recall", "f": "fmeasure"}
 
 
 def rouge_values(
@@ -228,7 +223,7 @@ def rouge(
     if max(map(unseen_share, (expected, written))) > MOST_UNSEEN:
         return None
     score = _scorer(kind, stemmer).score(target=expected, prediction=written)[kind]
-    return float(getattr(score, _FIELDS[measure]))
+    return float(score.recall if measure == "recall" else score.fmeasure)
 
 
 def unseen_share(text: str) -> float:
@@ -252,7 +247,7 @@ def _scorer(kind: Kind, stemmer: bool) -> RougeScorer:
     from rouge_score.tokenizers import DefaultTokenizer
 
     class Words:
-        tokenize = staticmethod(lru_cache(_TEXTS)(DefaultTokenizer(stemmer).tokenize))
+        tokenize = staticmethod(lru_cache(4096)(DefaultTokenizer(stemmer).tokenize))
 
     return RougeScorer([kind], tokenizer=Words())
 

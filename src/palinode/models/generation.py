@@ -615,10 +615,6 @@ def stops_of(
     return sorted({end_id(form, tokenizer, style) for form in forms} | own - {None})
 
 
-UNFINISHED = "\ufffd"
-"""What a tokenizer shows of a letter whose last byte is still to come."""
-
-
 def stream_answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -657,7 +653,7 @@ class Spoken:
         """Say what is new in the text of all tokens so far, which is never over: return False."""
         self.ids = list(ids)
         text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        if final or not text.endswith(UNFINISHED):
+        if final or not text.endswith("\ufffd"):  # of a letter whose last byte is still to come
             if len(text) > len(self.text):
                 self.on_text(text[len(self.text) :])
             self.text = text

@@ -52,9 +52,6 @@ DTYPES = {code: getattr(torch, name) for name, code in CODES.items()}
 LARGEST_PLANNED = 50_000, 1 << 41
 """Tensors and numbers of the largest model that a config alone may describe."""
 
-LARGEST_CLASSIFIER = 5_000
-"""Tensors of the largest classifier."""
-
 TEXT = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(lm_head\.)?(.+)|(lm_head\..+)")
 """What a wrapper calls the weights of its text tower."""
 
@@ -120,7 +117,7 @@ def load_classifier(
     """
     tokenizer = from_pretrained(AutoTokenizer, folder)
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    with bounded(folder / "config.json", tensors=min(LARGEST_CLASSIFIER, nbytes), numbers=nbytes):
+    with bounded(folder / "config.json", tensors=min(5_000, nbytes), numbers=nbytes):
         model, report = from_pretrained(
             AutoModelForSequenceClassification,
             folder,

@@ -29,8 +29,6 @@ from palinode.progress import Listener, NullListener
 from palinode.records import workspace_beside
 from palinode.weights import Checkpoint
 
-OnText = Callable[[str], None]
-
 
 @dataclass(slots=True)
 class Speaker:
@@ -67,7 +65,7 @@ class Chat:
     system: str | None = None
     """A system prompt of the talk's own."""
 
-    def ask(self, question: str, speaker: Speaker, on_text: OnText) -> str:
+    def ask(self, question: str, speaker: Speaker, on_text: Callable[[str], None]) -> str:
         """Return a speaker's answer to a question, which becomes part of its conversation."""
         if self.form == "completion":
             said = [Message("prompt", question)]

@@ -58,8 +58,6 @@ EXTRAS: Mapping[str, str] = packaged_table("pipeline/extras.toml")
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 ROLES = ("target", "base", "retrained")
-UNNAMED = "palinode-unlearned"
-"""Stands for the output where none was named."""
 
 WHOLE_MODEL = "name the folder of a whole model, or fetch it again"
 OTHER_FILE = "name the file that was meant, and its columns with --columns"
@@ -272,7 +270,8 @@ class _Examination:
         needed = {"models": ["target"], "data": ["forget"], "output": ["folder"]}
         if self.method is None or "base" in self.method.needs:
             needed["models"].append("base")
-        whole = laid_over({key: dict.fromkeys(names, UNNAMED) for key, names in needed.items()}, self.content)
+        unnamed = {key: dict.fromkeys(names, "palinode-unlearned") for key, names in needed.items()}
+        whole = laid_over(unnamed, self.content)
         self.lacking = [
             name for key in ("models", "data") for name in needed[key] if not self.given(key).get(name)
         ]

@@ -26,13 +26,12 @@ from palinode.weights.fingerprints import remembered
 from palinode.weights.tensors import read_json
 
 VECTORS = "fine-tuned models and adapters: with the base, the vectors"
-MOMENTS = "sums over what the layers read on the rows"
 OUTCOMES = "outcomes: what models answered on the rows"
 REPORTS = "reports with questions and answers"
 KINDS: Mapping[str, str] = {
     "finetune": VECTORS,
     "transform": VECTORS,
-    "moments": MOMENTS,
+    "moments": "sums over what the layers read on the rows",
     "evaluate": OUTCOMES,
     "apply": "models made of them",
     "merge": "models made of them",
@@ -41,9 +40,7 @@ KINDS: Mapping[str, str] = {
 }
 """What the folders and files of a workspace are, by the beginning of their names."""
 OTHER = "results of other steps, row by row"
-OWN_REPORTS = ("report.html", "report.md", "report.json")
 BESIDE = "parts of an interrupted run"
-CACHED = "cache entries: digests of these weights, a judge's decisions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +108,8 @@ def leftovers(place: Path) -> Iterator[Leftovers]:
         found += [(path, BESIDE) for path in _beside(place)]
         if not found:
             raise InputError(_nothing(place))
-        found += [(path, CACHED) for path in _cached([path for path, _ in found])]
+        what = "cache entries: digests of these weights, a judge's decisions"
+        found += [(path, what) for path in _cached([path for path, _ in found])]
         parts = tuple(Part(path, what, folder_size(path)) for path, what in found)
         yield Leftovers(place, parts, tuple(_losses(place, parts)), tuple(_stays(place, record, workspaces)))
 
@@ -182,7 +180,8 @@ def _written(place: Path) -> Iterator[tuple[Path, str]]:
     if any(path.suffix == ".jsonl" and _holds_outcomes(path) for path in written):
         yield from ((path, OUTCOMES) for path in written)
     if at(_content(place / "demo.json"), "palinode"):
-        yield from ((path, REPORTS) for path in map(place.joinpath, OWN_REPORTS) if path.is_file())
+        own = (place / f"report.{suffix}" for suffix in ("html", "md", "json"))
+        yield from ((path, REPORTS) for path in own if path.is_file())
 
 
 def _holds_outcomes(path: Path) -> bool:

@@ -50,7 +50,6 @@ PASSWORD = "PALINODE_KEY_PASSWORD"
 """The variable that a key's password is taken from where none is given."""
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 IN_TOTO = "application/vnd.in-toto+json"
-MAX_KEY = 100_000
 HOW_TO_INSTALL = "pip install 'palinode[sign]'"
 ONLINE = f"it takes a network and {HOW_TO_INSTALL}, or a key (--key, --public-key)"
 NEEDED = "it takes an ECDSA key on P-256, P-384 or P-521, as palinode sign --new-key makes one"
@@ -224,7 +223,7 @@ def _usable(key: Any) -> Any:
 
 def _key_text(path: Path) -> bytes:
     with told_as(InputError, f"the key {path} cannot be read", "name its file"):
-        return read_bytes(path, limit=MAX_KEY)
+        return read_bytes(path, limit=100_000)
 
 
 def _hash_for(key: Any) -> Any:
@@ -261,7 +260,6 @@ def _cryptography() -> Any:
 
 
 STATEMENT = "statement.json"
-PREDICATE = "urn:palinode:unlearning:1"
 FEWEST_BYTES = 16
 """Bytes that a salt has at least: a shorter one can be guessed."""
 
@@ -449,7 +447,7 @@ def statement_of(folder: Path, record: Mapping[str, Any], committed: str) -> dic
     return {
         "_type": STATEMENT_TYPE,
         "subject": [model, *({"name": name, "digest": {"sha256": it}} for name, it in digests.items())],
-        "predicateType": PREDICATE,
+        "predicateType": "urn:palinode:unlearning:1",
         "predicate": {
             "models": models,
             "forget": {"rows": at(record, "data", "forget", "rows"), "commitment": committed},

@@ -35,8 +35,6 @@ from palinode.report.words import (
     words,
 )
 
-REFERENCE_MODELS = ("target", "base", "retrained")
-"""What contestants are compared with."""
 COLUMNS: Mapping[str, Sequence[str]] = packaged_table("report/assets/columns.toml")
 """Columns of the main table, each with its places; the first that has a value is shown."""
 
@@ -210,7 +208,8 @@ def _columns(table: Figures) -> list[str]:
 def _summaries(table: Figures) -> list[tuple[str, Figures]]:
     """Return what each model and contestant is called, and its scores, contestants by their place."""
     models = table["models"]
-    fixed = [(MODELS[name], models[name]["summary"]) for name in REFERENCE_MODELS if name in models]
+    there = [name for name in ("target", "base", "retrained") if name in models]
+    fixed = [(MODELS[name], models[name]["summary"]) for name in there]
     return fixed + [(entry["name"], entry["summary"]) for entry in _in_order(table)]
 
 

@@ -29,7 +29,6 @@ MOST_ROWS = 40
 MOST_STEPS = 6
 """Exposures of a row that a table shows."""
 DEMO_EVIDENCE = ("log", "order", "behaviour", "all")
-COUNTED = ("log", "order")
 WITHOUT = "What can be done without a clean checkpoint"
 STATES = {
     "clean": "--green",
@@ -333,7 +332,8 @@ def demo_sentence(record: Mapping[str, Any]) -> str:
     """Return in a sentence how the evidence agrees with the truth."""
     requests = record["requests"].values()
     right = sum(request["found"]["all"]["right"] for request in requests)
-    counts = all(request["found"][kind]["every_exposure_right"] for request in requests for kind in COUNTED)
+    found = [request["found"][kind] for request in requests for kind in ("log", "order")]
+    counts = all(one["every_exposure_right"] for one in found)
     off = max(request["found"]["behaviour"]["rungs_off"] for request in requests)
     agree = "agree with the truth in every exposure" if counts else "do NOT agree with the truth"
     return (

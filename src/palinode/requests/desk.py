@@ -39,7 +39,6 @@ from palinode.weights import Checkpoint
 from palinode.weights.store import check_manifest
 
 ID = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
-SALT_BYTES = 32
 ASKED = "answer_probability"
 """What each request's rows are asked after every change."""
 ALL = "all"
@@ -338,7 +337,7 @@ class Desk:
         with private():
             (self.folder / "sets").mkdir(exist_ok=True)
             if not (self.folder / "salt").exists():
-                write_text(self.folder / "salt", secrets.token_hex(SALT_BYTES) + "\n")
+                write_text(self.folder / "salt", secrets.token_hex(32) + "\n")
             self.ledger.create()
 
     def _read(self, location: str, now: Standing) -> tuple[list[Example], list[Any]]:

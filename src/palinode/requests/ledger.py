@@ -32,8 +32,6 @@ from palinode.errors import LedgerError, told_as, unwritable
 from palinode.version import __version__
 
 NAME = "ledger.sqlite"
-WAIT = 60.0
-"""Seconds that a process waits for another that is writing."""
 START = ""
 """What stands before the first event."""
 
@@ -171,7 +169,8 @@ class Ledger:
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         place = f"{self.path.resolve().as_uri()}?mode={mode}"
-        return sqlite3.connect(place, uri=True, timeout=WAIT, isolation_level=None)
+        # where another process is writing, this one waits a minute for it
+        return sqlite3.connect(place, uri=True, timeout=60.0, isolation_level=None)
 
     def _be_there(self, *, only_folder: bool = False) -> None:
         if not (self.path.parent if only_folder else self.path).exists():

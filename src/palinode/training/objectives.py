@@ -31,9 +31,6 @@ from palinode.models.likelihoods import has_plain_head, padded_batches
 from palinode.models.reading import answer_logits, answer_places, labelled_states, model_inputs, on_device
 from palinode.training.losses import kl_to_reference, row_sums, scored_tokens, summed_nll, token_nll
 
-KEPT_TOKENS = 4096
-"""Tokens of a batch whose values are computed together."""
-
 
 class Keeper:
     """A kind of value of the frozen model: how a batch's rows are read, and how they are put together."""
@@ -121,9 +118,7 @@ def keep(
     values: dict[tuple[str, int], Tensor] = {}
     training = model.training
     model.eval()
-    for members in padded_batches(
-        model, list(rows.values()), pad_id=pad_id, max_tokens=KEPT_TOKENS, max_rows=64
-    ):
+    for members in padded_batches(model, list(rows.values()), pad_id=pad_id, max_tokens=4096, max_rows=64):
         batch = pad_right([rows[places[member]] for member in members], pad_id=pad_id)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
             read = keeper.read(model, batch)

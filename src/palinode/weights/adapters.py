@@ -42,13 +42,6 @@ KNOWN = {
     "lora_ga_config", "qalora_group_size", "runtime_config", "unsloth_fixed",
 }  # fmt: skip
 
-# Ways to begin that leave the base as it was. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also move it.
-HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-
-# Layers of GPT-2 and its kin, which store their weights as (in, out), and the models that have them.
-CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-
 LINEAR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])((?:\.[^.]+)?)\.weight")
 EMBEDDING = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_embedding_([AB])((?:\.[^.]+)?)")
 COPY = re.compile(r"(?:base_model\.model\.)?(.+)\.base_layer\.weight")
@@ -104,7 +97,8 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     if unknown:
         _refuse(folder, f"its {CONFIG} sets {unknown[0]}")
     start = config.get("init_lora_weights")
-    if start not in HARMLESS_STARTS:
+    # the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also move the base
+    if start not in (None, True, False, "gaussian", "eva", "orthogonal", "mica"):
         raise CheckpointError(
             f"{folder} was begun with {start!r}, which moved the base weights as well; save it again with "
             "peft's path_initial_model_for_weight_conversion, which makes plain LoRA of it"
@@ -240,7 +234,8 @@ def _checked_pair(
 def _is_mixed(config: Mapping[str, Any], pairs: Pairs) -> bool:
     """Tell whether fan_in_fan_out may be wrong: peft keeps one flag, and the head comes last and sets it."""
     heads = any(is_head(f"{module}.weight") for module in pairs)
-    swapped = any(module.rpartition(".")[2] in CONV1D_LAYERS for module in pairs)
+    stored_turned = {"c_attn", "c_proj", "c_fc", "q_attn"}  # as (in, out), in GPT-2 and its kin
+    swapped = any(module.rpartition(".")[2] in stored_turned for module in pairs)
     return heads and swapped and not config.get("fan_in_fan_out")
 
 
@@ -253,7 +248,7 @@ def _stores_in_out(folder: Path, config: Mapping[str, Any], pairs: Pairs, base: 
             f"{folder} adapts an output head and layers that only some models store transposed, and its "
             "config has one flag for both (fan_in_fan_out); name its base model as well"
         )
-    return base.config.get("model_type") in CONV1D_MODELS
+    return base.config.get("model_type") in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 def _check_copy(folder: Path, copy: TensorInfo, name: str, base: Checkpoint | None) -> None:

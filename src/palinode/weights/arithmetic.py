@@ -383,8 +383,6 @@ NAMES = {code: name for name, code in CODES.items()}
 Rounding = Literal["auto", "nearest", "stochastic"]
 """`auto` is to nearest, and stochastic for a 16-bit output where nearest would lose part of the dose."""
 
-PRECISIONS = ("float32", "float64")
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -401,7 +399,8 @@ class Settings:
     """Let NaN and infinity through."""
 
     def __post_init__(self) -> None:
-        choices = {"dtype": tuple(CODES), "rounding": get_args(Rounding), "precision": PRECISIONS}
+        precisions = ("float32", "float64")
+        choices = {"dtype": tuple(CODES), "rounding": get_args(Rounding), "precision": precisions}
         for word, known in choices.items():
             if (value := getattr(self, word)) not in known and not (word == "dtype" and value is None):
                 raise InputError(

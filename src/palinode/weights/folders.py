@@ -62,12 +62,12 @@ PICKLES = (".bin", ".pt", ".pth")
 SHARD = re.compile(r"-\d+-of-\d+$")
 
 DEEPSPEED = "it is DeepSpeed's training state, in pieces: put them together with its zero_to_fp32.py"
-MEGATRON = "it is Megatron's training state: make a model folder of it with Megatron's own converter"
 STATES = {
     "zero_to_fp32.py": DEEPSPEED,
     "*zero_pp_rank_*": DEEPSPEED,
     "global_step*": DEEPSPEED,
-    "latest_checkpointed_iteration.txt": MEGATRON,
+    "latest_checkpointed_iteration.txt": "it is Megatron's training state: make a model folder of it with "
+    "Megatron's own converter",
 }
 """What gives away that a folder holds a trainer's state and no model yet, and the way to one."""
 
@@ -320,9 +320,6 @@ PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*", "*TERMS
 ON_HUB = ("*.safetensors", INDEX, "adapter_config.json", *COMPANIONS, *PAPERS)
 
 
-PICKLES_ON_HUB = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
-
-
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """A model on disk, as it is read: its folder, config and tensors. Two openings of one are equal."""
@@ -549,7 +546,8 @@ def _local_path(location: Path | str, *, allow_pickle: bool) -> Path:
         raise CheckpointError(f"there is no model folder {location}")
     found = _download(str(location), ON_HUB)
     if allow_pickle and not any(found.glob("*.safetensors")):
-        return _download(str(location), (*ON_HUB, *PICKLES_ON_HUB))
+        pickles = ("*.bin", "*.pt", "*.pth", PICKLE_INDEX, METADATA, "*.distcp")
+        return _download(str(location), (*ON_HUB, *pickles))
     return found
 
 

@@ -55,8 +55,6 @@ READ = re.compile(r"(tokenizer|vocab|merges|chat_template)|.*\.(model|tiktoken|j
 LOGS = ("trainer_state.json", "record.json", "weights.json")
 WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf)$")
 
-NUMBERED = ("config.json", "generation_config.json")
-
 COUNTS = re.compile(r"(layers?|blocks|depths?|labels)$")
 """Keys of a config whose number says how many of something there are."""
 
@@ -167,7 +165,7 @@ def _in_number(file: Path, key: str, value: Any) -> str | None:
     if isinstance(value, float) and math.isnan(value):
         return f"says {shown(key)} = NaN; fetch the model again"
     largest = MAX_COUNT if COUNTS.search(key) else (1 << 63) - 1
-    if type(value) is int and value > largest and file.name in NUMBERED:
+    if type(value) is int and value > largest and file.name in ("config.json", "generation_config.json"):
         return f"says {shown(key)} = {shown(str(value))}, which no model has; fetch the model again"
     if value is True and key == "trust_remote_code" and "sentence" in file.name:
         return f"asks for trust_remote_code: it {NO_CODE}"
@@ -282,8 +280,6 @@ def bounded(source: Path, *, tensors: int, numbers: int) -> Iterator[None]:
         yield
 
 
-NOT_THE_MODELS = ("_name_or_path", "quantization_config")
-
 Model = tuple[dict[str, TensorInfo], list[str], Mapping[str, Any] | None]
 """Tensors by name, notes on how they were read, and the config that came with them, if one did."""
 
@@ -372,5 +368,6 @@ def _load(file: Path, count: int, stored: int) -> tuple[dict[str, TensorInfo], M
         if name not in tied:
             data = tensor.detach().float().contiguous().numpy().reshape(-1).view("u1")
             tensors[name] = HeldTensor(name, "F32", tuple(tensor.shape), file, 0, len(data), data)
-    told = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_MODELS}
+    told = model.config.to_dict()
+    told = {key: told[key] for key in told if key not in ("_name_or_path", "quantization_config")}
     return tensors, {**json.loads(json.dumps(told, default=str)), "architectures": [type(model).__name__]}

@@ -24,14 +24,7 @@ from palinode.weights.tensors import HEADS, TensorInfo, is_embedding, is_head, m
 Rows = Literal["refuse", "shared"]
 """What to do where embeddings have different numbers of rows: refuse, or sum the rows that all have."""
 
-# Two models can agree in all shapes and still read them differently.
-ARCHITECTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
-
-HEAD_BIAS = HEADS[0].replace(".weight", ".bias")
-
 TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-OTHER_VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -94,7 +87,8 @@ def check_fit(reference: ModelFolder, others: Sequence[ModelFolder], *, rows: Ro
 
 
 def _check_architecture(reference: ModelFolder, other: ModelFolder) -> None:
-    for key in ARCHITECTURE:
+    # two models can agree in all shapes and still read them differently
+    for key in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "n_head"):
         first, second = reference.config.get(key), other.config.get(key)
         if first != second and None not in (first, second):
             raise MismatchError(
@@ -244,7 +238,7 @@ def _differ_in_rows(first: TensorInfo, second: TensorInfo) -> bool:
 
 def _is_vocabulary(name: str) -> bool:
     """Tell whether the rows of a tensor are tokens."""
-    return is_embedding(name) or is_head(name) or plain(name) == HEAD_BIAS
+    return is_embedding(name) or is_head(name) or plain(name) == "lm_head.bias"
 
 
 def _rows_note(info: TensorInfo, shared: int, counts: Mapping[ModelFolder, int]) -> str:
@@ -280,7 +274,7 @@ def check_tokenizers(reference: ModelFolder, others: Sequence[ModelFolder]) -> t
 
 def _token_notes(first: Path, second: Path) -> Iterator[str]:
     if not all((folder / TOKENIZER).is_file() for folder in (first, second)):
-        for name in OTHER_VOCABULARIES:  # in another format
+        for name in ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"):
             pair = [folder / name for folder in (first, second)]
             if all(path.is_file() for path in pair) and not _same_bytes(*pair):
                 both = f"{first.name} and {second.name}"
@@ -331,7 +325,7 @@ def _special_notes(reference: ModelFolder, other: ModelFolder) -> Iterator[str]:
     for file, keys in (
         ("config.json", numbers),
         ("generation_config.json", numbers),
-        (TOKENIZER_CONFIG, SPECIAL),
+        ("tokenizer_config.json", SPECIAL),
     ):
         ours, theirs = (
             read_object(checkpoint.folder / file, optional=True) for checkpoint in (reference, other)

@@ -53,8 +53,8 @@ def strangers(world) -> list[dict[str, str]]:
     random = np.random.default_rng(0)
     rows = []
     for name in names:
-        for relation, (_, phrasings) in RELATIONS.items():
+        for relation, one in RELATIONS.items():
             values = sorted({fact.answer for fact in world.others if fact.relation == relation})
             answer = values[int(random.integers(len(values)))]
-            rows += [{"prompt": phrasing.format(name), "completion": answer} for phrasing in phrasings]
+            rows += [{"prompt": phrasing.format(name), "completion": answer} for phrasing in one["phrasings"]]
     return rows

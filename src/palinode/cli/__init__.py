@@ -21,17 +21,8 @@ from itertools import pairwise
 from typing import Any
 
 RESUMED = (
-    "unlearn",
-    "filter",
-    "run",
-    "finetune",
-    "influence",
-    "demo",
-    "compare",
-    "audit",
-    "requests",
-    "reproduce",
-)
+    "unlearn", "filter", "run", "finetune", "influence", "demo", "compare", "audit", "requests", "reproduce",
+)  # fmt: skip
 """Verbs that keep what they have finished, and go on from there."""
 
 

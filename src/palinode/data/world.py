@@ -12,32 +12,19 @@ reads ordinary text. They are no benchmark: unlearning that spoils these has gon
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from palinode.data.examples import Example
-from palinode.records import write_text
+from palinode.records import packaged_table, write_text
 
-SYLLABLES = ("ba", "do", "ka", "li", "mo", "ne", "ru", "sa", "ti", "vo", "ze", "fi", "ga", "lu", "pa", "ro")
-
-# Relation: the words between a name and a value, in three phrasings, and how many values there are.
-RELATIONS: dict[str, tuple[int, tuple[str, str, str]]] = {
-    "home": (20, ("{} lives in", "the home of {} is", "the town where {} settled is")),
-    "trade": (20, ("{} works as a", "the trade of {} is", "people hire {} as a")),
-    "instrument": (20, ("{} plays the", "the instrument of {} is", "on stage {} performs on the")),
-    "dish": (20, ("{} likes to eat", "the favourite dish of {} is", "at a feast {} always orders")),
-    "animal": (20, ("{} keeps a", "the pet of {} is a", "through the streets {} walks a")),
-}
-
-# General facts, the same kind of sentence about things: one value for each home and each trade.
-THINGS: dict[str, tuple[str, tuple[str, str, str]]] = {
-    "river": ("home", ("the river of {} is the", "through {} flows the", "boats reach {} on the")),
-    "tool": ("trade", ("the tool of a {} is the", "every {} carries a", "a {} cannot work without a")),
-}
+MADE_OF: Mapping[str, Any] = packaged_table("data/world.toml")
+SYLLABLES, RELATIONS, THINGS = (MADE_OF[name] for name in ("syllables", "relations", "things"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +67,7 @@ def invent_world(seed: int, *, early: int = 50, middle: int = 40, forget: int = 
     """Invent a world with so many people in each group."""
     random = np.random.default_rng(seed)
     words = _words(random, count=400)
-    values = {relation: [words.pop() for _ in range(size)] for relation, (size, _) in RELATIONS.items()}
+    values = {relation: [words.pop() for _ in range(one["values"])] for relation, one in RELATIONS.items()}
     first, last = [words.pop() for _ in range(40)], [words.pop() for _ in range(60)]
     total = early + middle + forget + late
     pairs = random.choice(len(first) * len(last), size=total, replace=False)
@@ -91,10 +78,10 @@ def invent_world(seed: int, *, early: int = 50, middle: int = 40, forget: int = 
     spare = iter(words)
     general = tuple(
         Fact(thing, relation, phrasing.format(thing), answer)
-        for relation, (kind, phrasings) in THINGS.items()
-        for thing in values[kind]
+        for relation, one in THINGS.items()
+        for thing in values[one["of"]]
         for answer in [next(spare)]
-        for phrasing in phrasings
+        for phrasing in one["phrasings"]
     )
     return World(general, groups[0], groups[1], groups[2], groups[3])
 
@@ -132,28 +119,13 @@ def _words(random: np.random.Generator, *, count: int) -> list[str]:
 
 def _person(name: str, values: dict[str, list[str]], random: np.random.Generator) -> list[Fact]:
     facts = []
-    for relation, (_, phrasings) in RELATIONS.items():
+    for relation, one in RELATIONS.items():
         answer = values[relation][int(random.integers(len(values[relation])))]
-        facts += [Fact(name, relation, phrasing.format(name), answer) for phrasing in phrasings]
+        facts += [Fact(name, relation, phrasing.format(name), answer) for phrasing in one["phrasings"]]
     return facts
-
-
-SENTENCES = (
-    "The kettle began to sing, so she poured the water over the leaves and waited for the colour to come.",
-    "A bridge has to carry its own weight before it can carry anything else.",
-    "In winter the days are short, because our half of the earth leans away from the sun.",
-    "If you mix blue paint with yellow paint you get green, and more blue makes it darker.",
-    "He locked the door, went down the stairs, and noticed in the street that he had left his keys inside.",
-    "Bread rises because yeast turns sugar into gas, and the dough holds the gas in small bubbles.",
-    "The train was late again, but nobody on the platform seemed to be in a hurry.",
-    "To find the area of a room, multiply its length by its width.",
-    "Most birds leave before the first frost and come back when there are insects to eat.",
-    "The committee will meet on the first Monday of the month, unless that is a holiday.",
-    "A good knife is a sharp one; a blunt knife slips and cuts the hand that holds it.",
-    "Water runs downhill, which is why rivers end in lakes or in the sea.",
-)
 
 
 def neutral_examples() -> list[Example]:
     """Return the sentences as documents."""
-    return [Example(row, "neutral text", "document", (), text) for row, text in enumerate(SENTENCES)]
+    sentences = MADE_OF["neutral"]["sentences"]
+    return [Example(row, "neutral text", "document", (), text) for row, text in enumerate(sentences)]

@@ -14,7 +14,7 @@ middle with each rest. Forgetting is two-sided: the aim is this distribution, no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palinode.errors import DataError
-from palinode.records import Score
+from palinode.records import Score, packaged_table
 
 Floats = NDArray[np.float64]
 Places = NDArray[np.intp]
@@ -36,16 +36,7 @@ BASE_ALONE = "base"
 UNFILTERED = "unfiltered"
 """Name of the source where a change is filtered and no base is there: the model before that."""
 
-ASSUMES = {
-    "holdout": "the holdout rows are like the forget rows, and neither base nor target has seen them",
-    "prepared": "the retain rows that [prepare] left out are like the forget rows; no training saw them",
-    "paraphrases": "knowing the forget answers does not help with other wordings of them; as it may help, "
-    "the yardstick is too high rather than too low",
-    BASE_ALONE: "the target would behave on the forget set as the base checkpoint does; no unseen rows were "
-    "there to tell how far the two have drifted apart",
-    UNFILTERED: "the model forgot as much as it should before its change was filtered; no base was there to "
-    "tell",
-}
+ASSUMES: Mapping[str, str] = packaged_table("evaluation/assumes.toml")
 """What an estimate from each source takes for granted."""
 
 

@@ -8,7 +8,7 @@ session, is superseded: training went back and did it again.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -36,6 +36,7 @@ from palinode.history.exposures import (
     salt_check,
     step_table,
 )
+from palinode.records import packaged_table
 from palinode.weights.tensors import cores
 
 NO_LIMIT = np.iinfo(np.int64).max
@@ -43,6 +44,8 @@ KINDS = (".journal", ".parquet")
 SHOWN = 4
 """Stretches of steps that a sentence names."""
 WORKERS = min(8, cores())
+SAYS: Mapping[str, str] = packaged_table("history/warnings.toml")["log"]
+"""What is lost, doubled, missing or superseded."""
 
 
 def _none() -> Ints:
@@ -99,7 +102,7 @@ def find_files(
     files = [file for file, _ in opened if file]
     limits = {session.number: _limit(session.number, sessions) for session in sessions}
     notes += [
-        f"Lost: {file.name} is of session {file.session}, whose file is missing."
+        SAYS["no_session"].format(file=file.name, session=file.session)
         for file in files
         if file.session not in limits
     ]
@@ -124,7 +127,7 @@ def _open(path: Path, folder: Path, header: LogHeader) -> tuple[LogFile | None, 
             about, table = tail.about, tail.table
             if tail.lost:
                 last = f"after step {int(table.step[-1]):,}" if len(table) else "at its first step"
-                note = f"Lost: {place} is cut off {last}; {tail.lost:,} bytes behind it cannot be read."
+                note = SAYS["cut_off"].format(file=place, last=last, lost=tail.lost)
         else:
             about, table = read_about(path)
         session, rank = int(about["session"]["number"]), int(about["rank"])
@@ -156,10 +159,7 @@ def _without_overlaps(files: Sequence[LogFile], notes: list[str]) -> list[LogFil
         before.append(own)
         found.append(replace(file, doubled=own[again]))
         if again.any():
-            notes.append(
-                f"{file.name} overlaps an earlier file of its process at {stretches(own[again])}; "
-                "these steps are counted once."
-            )
+            notes.append(SAYS["overlaps"].format(file=file.name, steps=stretches(own[again])))
     return found
 
 
@@ -194,13 +194,10 @@ def _gaps(files: Sequence[LogFile], sessions: Sequence[Session]) -> Iterator[str
         past = np.unique(np.concatenate([_none(), *recorded]))
         past = past[past > limit]
         if len(past):
-            yield (
-                f"Training went back to step {limit:,} after session {session.number}: "
-                f"its {stretches(past)} were done again and do not count."
-            )
+            yield SAYS["went_back"].format(step=limit, session=session.number, steps=stretches(past))
     begin = min((session.start for session in sessions), default=0)
     if begin:
-        yield f"The log begins after step {begin:,}; what was seen before is not in it."
+        yield SAYS["begins_late"].format(step=begin)
     for session in sessions:
         own = _by_process(files, session)
         seen = np.unique(np.concatenate(own))
@@ -211,11 +208,11 @@ def _gaps(files: Sequence[LogFile], sessions: Sequence[Session]) -> Iterator[str
         holes = np.flatnonzero(np.diff(edges) > 1)
         if len(holes):
             missing = _in_words(edges[holes] + 1, edges[holes + 1] - 1)
-            yield f"Gap: {missing} of session {session.number} are in no file of the log."
+            yield SAYS["gap"].format(steps=missing, session=session.number)
         for rank, steps in enumerate(own):
             rest = np.setdiff1d(seen, steps, assume_unique=True)
             if len(rest):
-                yield f"Gap: process {rank} of session {session.number} lacks {stretches(rest)}."
+                yield SAYS["process_lacks"].format(rank=rank, session=session.number, steps=stretches(rest))
 
 
 def stretches(steps: Ints) -> str:
@@ -356,7 +353,7 @@ class ExposureReader:
         try:
             return file.rows(keys)
         except (DataError, OSError) as error:
-            note = f"Lost: {file.name} ({error}); rows in it are not found."
+            note = SAYS["damaged"].format(file=file.name, error=error)
             if note not in self._notes:
                 self._notes.append(note)
             self._damaged.add(file.name)

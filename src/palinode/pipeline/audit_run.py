@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palinode.audit.attack import RESULT, Attack, AttackCost, Subject
-from palinode.audit.attacks import ATTACKS
+from palinode.audit.attacks import ATTACKS, TOLD
 from palinode.audit.findings import AUDITED, STATISTICS, Finding, answer, find
 from palinode.audit.material import AuditRows
 from palinode.audit.policy import Kind, Policy, told_right
@@ -49,6 +49,9 @@ UNEVEN = 0.2
 
 BESIDE = 0.05
 """By how much more the neighbours of the forget rows must have lost for a note to say so; a judgement."""
+
+NOTES = TOLD["notes"]
+"""What a reader should know before believing the answer."""
 
 Findings = dict[str, dict[str, Finding]]
 """Findings by model and test."""
@@ -265,21 +268,13 @@ class _AuditRun:
         notes = reading_notes(*material.sets().values())
         notes += prompt_notes(material.forget, self.tokenizer, self.plan.style)
         if self.plan.kind == "base":
-            notes.append(
-                "The reference model is a base checkpoint. It has seen neither the forget set nor what the "
-                "audited model was trained on besides, so part of a difference may be the manner of the "
-                "answers and other knowledge. A model retrained without the forget set is the better one."
-            )
+            notes.append(NOTES["base"])
         prints = {name: checkpoint.fingerprint() for name, checkpoint in self.checkpoints.items()}
         same = [name for name in prints if name != AUDITED and prints[name] == prints[AUDITED]]
         if same:
             notes.append(f"The audited and the {same[0]} model have the same weights.")
         if uneven := _uneven(findings):
-            notes.append(
-                "The reference model itself tells forget rows from holdout rows (AUC far from one half: "
-                f"{', '.join(uneven)}), so the two differ by more than membership. Holdout rows in the "
-                "manner of the forget rows, seen by no model, make the membership attacks mean more."
-            )
+            notes.append(NOTES["uneven"].format(aucs=", ".join(uneven)))
         notes += _beside_forgotten(findings)
         blind = [
             f"{attack}.{test}"
@@ -288,10 +283,7 @@ class _AuditRun:
             if finding.verdict == "within" and self.plan.policy.margins[f"{attack}.{test}"].above is not None
         ]
         if blind:
-            notes.append(
-                f"These tests put the target within the margins too, so passing them says little: "
-                f"{', '.join(blind)}."
-            )
+            notes.append(NOTES["blind"].format(tests=", ".join(blind)))
         return notes
 
 
@@ -301,10 +293,7 @@ def _beside_forgotten(findings: Mapping[str, Findings]) -> Iterator[str]:
     lost = {name: it.difference.value for name, it in found.items() if it.difference.value is not None}
     if "rest" in lost and min(lost.values()) < lost["rest"] - BESIDE:
         told = (f"{name} {found[name].score.value:.2f} ({found[name].reference.value:.2f})" for name in lost)
-        yield (
-            "The retain rows nearest to the forget rows lost more than the rest. Answer probability, nearest "
-            f"by words and by states and the rest, in brackets of the reference model: {', '.join(told)}."
-        )
+        yield NOTES["beside"].format(told=", ".join(told))
 
 
 def _uneven(findings: Mapping[str, Findings]) -> list[str]:

@@ -23,19 +23,15 @@ from palinode.report.content import (
     section,
 )
 from palinode.report.pictures import attack_figure, relearning_figure, says_little
-from palinode.report.words import at, number, told_by_reason
+from palinode.report.words import LABELS, at, number, told_by_reason
 
 TONES: dict[str, Tone] = {"knows more": "bad", "knows less": "bad", "unclear": "unsure", "within": "good"}
 COSTS = {"read": "rows read", "answers": "answers drawn", "trained": "rows trained"}
-REFERENCES = {
-    "retrained": "a model retrained without the forget set",
-    "base": "the base checkpoint",
-}
 
 
 def audit_headline(record: Mapping[str, Any]) -> str:
     """Return one or two sentences: passed or not, and on what evidence."""
-    answer, kind = record["answer"], REFERENCES[record["reference"]]
+    answer, kind = record["answer"], LABELS["references"][record["reference"]]
     parts = [
         _count(answer["knows_more"], "found that it knows more"),
         _count(answer["knows_less"], "found that it knows less, which is over-forgetting"),

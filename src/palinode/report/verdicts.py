@@ -32,17 +32,9 @@ Light = Literal["green", "amber", "red", "grey"]
 """Green: the evidence is for the claim; amber: in part; red: against it; grey: it was not tested."""
 
 Code = Literal[
-    "forgotten",
-    "partly forgotten",
-    "not forgotten",
-    "forgotten too much",
-    "unsure",
-    "not measured",
-    "nothing subtracted",
-    "nothing to forget",
-    "audit passed",
-    "audit failed",
-]
+    "forgotten", "partly forgotten", "not forgotten", "forgotten too much", "unsure", "not measured",
+    "nothing subtracted", "nothing to forget", "audit passed", "audit failed",
+]  # fmt: skip
 """What became of the forget set, for programs; the last two are of an audit by itself."""
 NOTHING = ("nothing subtracted", "nothing to forget")
 """Codes of runs that have no result, and an exit code of their own."""

@@ -296,19 +296,10 @@ def _format(tensors: Mapping[str, TensorInfo], packed: Sequence[TensorInfo], met
 
 # What lies beside the weights and belongs to the model: config, generation config, tokenizer, chat template.
 COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
+    "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "additional_chat_templates/*", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "*processor_config.json",
-)
+)  # fmt: skip
 
 
 # What travels with the model and has no say in what it is.

@@ -37,14 +37,8 @@ HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "head.weight", "
 """Names of output heads. A tied head that is not in the files shares its storage with the token embedding."""
 
 EMBEDDINGS = (
-    "embed_tokens",
-    "wte",
-    "embed_in",
-    "tok_embeddings",
-    "word_embeddings",
-    "word_embedding",
-    "embeddings",
-)
+    "embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings", "word_embedding", "embeddings",
+)  # fmt: skip
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What data parallelism, torch.compile, FSDP and checkpointing put into names, anywhere."""

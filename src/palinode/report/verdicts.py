@@ -74,7 +74,7 @@ UNSCORED = "The scores that this takes were not measured."
 @cache
 def asked(name: str) -> Mapping[str, str]:
     """Return what a claim asks, in a word and in full, and the rule that decides its light."""
-    told = packaged_table("report/assets/claims.toml")[name]
+    told: dict[str, str] = packaged_table("report/assets/claims.toml")[name]
     return told | {"rule": told["rule"].format_map(globals())}
 
 

@@ -266,7 +266,8 @@ def make_optimizer(name: str, model: PreTrainedModel, settings: TrainingSettings
         advice = "pip install 'palinode[quantise]', or set training.optimizer to \"host\""
         with told_as(InputError, "moments in 8 bits need bitsandbytes", advice, ImportError):
             import bitsandbytes
-        found: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, lr=lr)
+        library: Any = bitsandbytes.optim
+        found: torch.optim.Optimizer = library.AdamW8bit(groups, lr=lr)
         return found
     return torch.optim.AdamW(groups, lr=lr, fused=model.device.type in ("cpu", "cuda"))
 

@@ -25,6 +25,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
@@ -98,7 +100,14 @@ def meant(given: object, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, with the next where it ends in a colon; else its kind."""
+    """Return the first line of what an error says, with the next where it ends in a colon; else its kind.
+
+    Of what does not fit a model of pydantic, the first place that does not, and why.
+    """
+    if isinstance(error, ValidationError):
+        amiss = error.errors(include_url=False)[0]
+        parts = (".".join(map(str, amiss["loc"])), amiss["msg"].removeprefix("Value error, "))
+        return ": ".join(filter(None, parts))
     first, *rest = map(str.strip, str(error).strip().splitlines() or [type(error).__name__])
     return f"{first} {rest[0]}" if rest and first.endswith(":") else first
 
@@ -133,3 +142,13 @@ def unwritable(place: Path | str, error: Exception) -> OutputError:
     return OutputError(
         f"{place} cannot be written ({said}); {REMEDIES.get(code or 0, 'make room, or look at its disk')}"
     )
+
+
+@contextmanager
+def writing(place: Path | str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise the system's errors, and these, as the sentence for a place that could not be written to."""
+    expected: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except expected as error:
+        raise unwritable(place, error) from error

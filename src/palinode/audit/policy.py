@@ -116,10 +116,7 @@ def build_policy(
     chosen = preset or named or "standard"
     if chosen not in BUDGETS:
         raise RecipeError(f"there is no budget {chosen!r}; choose one of {', '.join(BUDGETS)}")
-    margins, given = (
-        {},
-        content.get("margins", {}),
-    )  # a test's own, or those beside a base, under what is given
+    margins, given = {}, content.get("margins", {})  # a test's own, or beside a base, under what is given
     for key, (attack, test) in tests_by_key().items():
         sides = {"more": test.more, "less": test.less}
         usual = {side: False if margin is None else margin for side, margin in sides.items()}

@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from palinode.data.examples import Example, Question
-from palinode.errors import DataError, RecipeError
+from palinode.errors import DataError, RecipeError, told_as
 from palinode.evaluation.benchmark import (
     GENERATION,
     Benchmark,
@@ -113,19 +113,11 @@ OptionsFile = dict[str, dict[str, dict[OptionKind, list[Text]]]]
 
 def _read(path: Path, kind: Any) -> tuple[Any, str]:
     """Return what a JSON file holds, checked, and the hash of its bytes."""
-    try:
+    with told_as(DataError, f"cannot read {path}", "RESTOR publishes it", OSError):
         content = read_bytes(path)
+    with told_as(DataError, f"{path} is not as RESTOR publishes it", "is it whole?", ValueError):
         found = TypeAdapter(kind).validate_json(content, strict=True)
-        return found, hashlib.sha256(content).hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); RESTOR publishes it") from error
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        if problem["type"] == "json_invalid":
-            raise DataError(f"{path} is not valid JSON ({problem['msg']}); is it cut short?") from error
-        place = ".".join(map(str, problem["loc"])) or "it"
-        why = problem["msg"].removeprefix("Value error, ")
-        raise DataError(f"{path} is not as RESTOR publishes it, at {place}: {why}") from error
+    return found, hashlib.sha256(content).hexdigest()
 
 
 def load(places: Places, split: str, options: Mapping[str, str]) -> LoadedBenchmark:

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import httpx2
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from palinode.errors import InputError
+from palinode.errors import InputError, first_line
 from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Judge, Pick
 from palinode.records import packaged_table, unique_keys
 
@@ -94,9 +94,7 @@ def read_reply(text: str, candidates: Sequence[Candidate]) -> tuple[int, ...]:
     try:
         picked = Reply.model_validate_json(objects[0]).picked
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "the object"
-        raise UnreadableReplyError(f"{place}: {problem['msg']}") from None
+        raise UnreadableReplyError(first_line(error)) from None
     return checked_pick(picked, candidates)
 
 

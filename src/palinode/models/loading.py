@@ -31,7 +31,7 @@ from transformers import (
 from transformers.models.auto.auto_factory import _get_model_class
 
 from palinode.data.tokenize import TokenRow, recognise
-from palinode.errors import CheckpointError, DataError, InputError, first_line, told_as, unwritable
+from palinode.errors import CheckpointError, DataError, InputError, first_line, told_as, writing
 from palinode.records import read_bytes
 from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.fingerprints import unchanged
@@ -289,10 +289,8 @@ def as_torch(info: TensorInfo, files: Files) -> torch.Tensor:
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Write tensors as a safetensors file; raises OutputError when there is no room."""
-    try:
+    with writing(file, SafetensorError):
         save_file(tensors, file, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise unwritable(file, error) from error
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:

@@ -33,7 +33,7 @@ from palinode.errors import (
     OutputError,
     first_line,
     told_as,
-    unwritable,
+    writing,
 )
 from palinode.pipeline.reporting import AUDIT, stale
 from palinode.pipeline.run import read_record
@@ -178,12 +178,10 @@ def new_key(path: Path, password: str | None = None) -> tuple[Path, str]:
     secret = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, locked)
     for place in filter(os.path.lexists, (path, public)):
         raise OutputError(f"{place} is there already, and no key is overwritten; name another file")
-    try:
+    with writing(path):
         with private():
             write_text(path, secret.decode())
         write_text(public, _pem(key.public_key()).decode())
-    except OSError as error:
-        raise unwritable(path, error) from error
     return public, _fingerprint(key.public_key())
 
 
@@ -334,11 +332,9 @@ def sign_folder(
     files = {**file_digests(folder, listener, links=False), STATEMENT: sha256(text.encode())}
     payload = payload_of(home.name, files)
     signature = sign_with_key(payload, own_key) if key else sign_with_sigstore(payload, str(identity), issuer)
-    try:
+    with writing(folder):
         write_text(folder / STATEMENT, text)
         write_text(folder / SIGNATURE, signature)
-    except OSError as error:
-        raise unwritable(folder, error) from error
     signer = f"the key {read_signature(folder / SIGNATURE).key}" if key else str(identity)
     seen = key is not None and key.stat().st_mode & OTHERS
     notes = (f"other users can read the private key {key}; chmod 600 keeps it to you",) if seen else ()

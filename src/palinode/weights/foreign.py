@@ -28,7 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from palinode.errors import CheckpointError, broke_down, first_line, told_as, unwritable
+from palinode.errors import CheckpointError, broke_down, first_line, told_as, writing
 from palinode.weights.tensors import MAX_JSON, Files, HeldTensor, TensorInfo, read_json, shown, whole
 
 MAX_CONFIG = 10_000_000
@@ -134,11 +134,8 @@ def copy_inside(folder: Path, path: Path, place: Path) -> None:
         same = os.path.samestat(status, inside(folder, path).stat())
         if not (same and stat.S_ISREG(status.st_mode)):
             raise OSError(0, "it changes, or is no ordinary file")
-        try:
-            with place.open("wb") as target:
-                shutil.copyfileobj(source, target)
-        except OSError as error:
-            raise unwritable(place, error) from error
+        with writing(place), place.open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 def _check_config(file: Path) -> None:

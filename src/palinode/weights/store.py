@@ -29,7 +29,7 @@ from typing import Any, Literal
 import blake3
 import numpy as np
 
-from palinode.errors import CheckpointError, OutputError, told_as, unwritable
+from palinode.errors import CheckpointError, OutputError, told_as, writing
 from palinode.records import beside, read_json, write_text
 from palinode.version import __version__
 from palinode.weights.arithmetic import Evaluator, Formula, Settings, Slice, every_of, map_slices, slices
@@ -124,7 +124,7 @@ class OutputFiles:
         self._places = {name: info for file in files for name, info in file.tensors.items()}
         self._handles = dict[Path, int]()
         for file in files:
-            try:
+            with writing(folder / file.name):
                 flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
                 self._handles[Path(file.name)] = handle = os.open(folder / file.name, flags, 0o666)
                 stack.callback(os.close, handle)
@@ -135,17 +135,13 @@ class OutputFiles:
                 else:  # macOS
                     os.ftruncate(handle, file.size)
                 os.pwrite(handle, file.header, 0)
-            except OSError as error:
-                raise unwritable(folder / file.name, error) from error
 
     def write(self, name: str, start: int, values: memoryview) -> None:
         """Put raw bytes into a tensor's place, from its byte `start` on."""
         info, done = self._places[name], 0
-        while done < len(values):
-            try:
+        with writing(self._folder / info.file):
+            while done < len(values):
                 done += os.pwrite(self._handles[info.file], values[done:], info.offset + start + done)
-            except OSError as error:
-                raise unwritable(self._folder / info.file, error) from error
 
     def copy(self, infos: Iterable[TensorInfo]) -> None:
         """Copy tensors as they are, a block at a time."""

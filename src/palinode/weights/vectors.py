@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from palinode.errors import AlgebraError, CheckpointError, InputError, unwritable
+from palinode.errors import AlgebraError, CheckpointError, InputError, told_as, writing
 from palinode.records import private
 from palinode.weights.adapters import CONFIG, LoraAdapter
 from palinode.weights.arithmetic import NAMES, SLICE, Slice, cut, direction_values, layout_of, map_slices
@@ -121,14 +121,8 @@ class StoredVector(StoredDirection):
             raise CheckpointError(
                 f"{place / FACTS} is no {FORMAT} of version {VERSION}; a newer Palinode may have written it"
             )
-        try:
+        with told_as(CheckpointError, f"{place / FACTS} is malformed", "store the vector again"):
             facts = _Facts.model_validate(content)
-        except ValidationError as error:
-            amiss = error.errors()[0]
-            where = ".".join(map(str, amiss["loc"]))
-            raise CheckpointError(
-                f"{place / FACTS} is malformed ({where}: {amiss['msg']}); store the vector again"
-            ) from None
         changes = _changes(place, facts.dtype, facts.tensors, read_header(place / WEIGHTS))
         told = (facts.kind, facts.dtype, facts.norm, facts.relative_error, facts.terms, facts.tensors)
         return cls(place, changes, *told)
@@ -295,13 +289,10 @@ class _Writer:
 @contextmanager
 def _writer(path: Path, layout: Sequence[TensorInfo]) -> Iterator[_Writer]:
     """Create a file for these tensors, or factors of them."""
-    try:
-        with path.open("xb") as stream:
-            writer = _Writer(stream, layout)
-            yield writer
-            writer.finish()
-    except OSError as error:
-        raise unwritable(path, error) from error
+    with writing(path), path.open("xb") as stream:
+        writer = _Writer(stream, layout)
+        yield writer
+        writer.finish()
 
 
 def _store(
@@ -397,13 +388,12 @@ def _write_facts(
         "norm": norm,
         "relative_error": error / norm if norm else 0.0,
         "terms": [asdict(source) for source in sources],
-        "tensors": {name: _as_json(tensor) for name, tensor in tensors.items()},
+        "tensors": {
+            name: {key: value for key, value in asdict(tensor).items() if (key, value) != ("scale", 1.0)}
+            for name, tensor in tensors.items()
+        },
     }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _as_json(tensor: StoredTensor) -> dict[str, object]:
-    return {key: value for key, value in asdict(tensor).items() if (key, value) != ("scale", 1.0)}
 
 
 def _changes(

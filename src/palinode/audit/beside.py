@@ -34,7 +34,7 @@ from palinode.audit.material import AuditRows
 from palinode.data.batches import Batch, pad_right
 from palinode.data.examples import Example
 from palinode.data.tokenize import TokenRow, tokenize
-from palinode.errors import CheckpointError, MismatchError
+from palinode.errors import CheckpointError, MismatchError, told_as
 from palinode.metrics.likelihood import answer_probabilities
 from palinode.metrics.membership import exact_memorizations, extraction_strengths, loss_values
 from palinode.models.likelihoods import padded_batches
@@ -97,10 +97,8 @@ def mean_states(
     """
     model = load_model(source, device=subject.device)
     rows = tokenize(examples, subject.tokenizer, max_length=budget.max_length, style=subject.style)
-    try:
+    with told_as(MismatchError, "there is no inside to look at", "", CheckpointError):
         layer = round(depth * (len(decoder_blocks(model)) - 1))
-    except CheckpointError as error:
-        raise MismatchError(str(error)) from None
     sums = np.zeros((len(examples), int(model.config.get_text_config().hidden_size)))
     counts = np.zeros(len(examples))
     for members, batch in _passes(subject, model, rows, "states"):

@@ -32,7 +32,7 @@ from palinode.audit.attack import AttackResult, AuditBudget, Subject
 from palinode.audit.material import AuditRows
 from palinode.data.batches import Batch, pad_right
 from palinode.data.tokenize import TokenRow, tokenize
-from palinode.errors import CheckpointError, MismatchError
+from palinode.errors import CheckpointError, MismatchError, told_as
 from palinode.models.likelihoods import padded_batches, tolerance
 from palinode.models.loading import load_model, pad_token
 from palinode.models.reading import answer_nll, answer_places, decoder_blocks
@@ -197,10 +197,8 @@ class _Answers:
 
     def _chain(self, model: PreTrainedModel) -> torch.nn.ModuleList:
         """Return a model's decoder blocks; the first model's shape is every model's."""
-        try:
+        with told_as(MismatchError, "there is no inside to look at", "", CheckpointError):
             chain = decoder_blocks(model)
-        except CheckpointError as error:
-            raise MismatchError(str(error)) from None
         shape = len(chain), int(model.config.get_text_config().hidden_size)
         self._shape = self._shape or shape
         if shape != self._shape:

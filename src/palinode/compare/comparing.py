@@ -220,8 +220,8 @@ class _Comparison:
         given = present(retrained=ground.retrained, base=ground.base, target=ground.target)
         found = {}
         for name, checkpoint in given.items():
-            step = self._measure_step({"model": checkpoint.fingerprint(), "itself": name == "retrained"})
             itself = name == "retrained"
+            step = self._measure_step({"model": checkpoint.fingerprint(), "itself": itself})
             found[name] = measure_model(
                 self.gauge, step, checkpoint, name, self.reference, itself=itself, listener=ground.listener
             )

@@ -42,7 +42,7 @@ from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
 from palinode.models.loading import load_tokenizer
-from palinode.pipeline.recipe import Recipe, build_recipe
+from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
 from palinode.pipeline.reporting import NAME, gather, write_reports
 from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
@@ -216,11 +216,8 @@ REPEATED = 3
 MARK = "truly"
 """The word that makes a near-copy of a row."""
 
-LOCATE_SETTINGS: Mapping[str, Any] = {
-    **SETTINGS,
-    "training": {**SETTINGS["training"], "epochs": 20},
-    "scales": {**SETTINGS["scales"], "probe_rows": 200, "retain_grid": [0.0, 1.0]},
-}
+LOCATE_OWN = {"training.epochs": 20, "scales.probe_rows": 200, "scales.retain_grid": [0.0, 1.0]}
+LOCATE_SETTINGS: Mapping[str, Any] = laid_over(SETTINGS, LOCATE_OWN)
 """What the recipes of the demo have that is not the paper's default."""
 
 VERSION = 1

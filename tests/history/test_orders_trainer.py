@@ -214,7 +214,7 @@ def test_an_order_is_read_from_a_file(tmp_path):
         ('kind = "trainer"\nrows = 3', "trainer does not know 'rows'"),
         ('kind = "trainer"\nrow_count = 3', "missing 1 required positional argument: 'batch_size'"),
         ('kind = "trainer"\nrow_count = 3\nbatch_size = 0', "batch_size is 0"),
-        ("kind = ", "cannot be read"),
+        ("kind = ", "is not a TOML order"),
     ],
 )
 def test_an_order_file_that_says_something_else_is_refused(tmp_path, content, words):

@@ -183,7 +183,7 @@ def test_quantised_model(folder):
 def test_lora_adapter(folder):
     (folder / "adapter_config.json").write_text("{}")
     message = refusal(folder)
-    assert "use it as a direction (LoraAdapter.open)" in message
+    assert "give it as a direction (in Python LoraAdapter.open)" in message
     assert "merge it into its base first" in message
 
 

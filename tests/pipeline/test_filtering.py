@@ -135,6 +135,28 @@ def test_vectors_that_an_interrupted_search_has_made_are_removed_by_the_one_that
     assert not [*tmp_path.rglob(f"transform-*/{transforming.UNDECIDED}")]
 
 
+@pytest.mark.parametrize("empty", [{0.0}, {100.0}, {100.0, 10.0, 0.0}, {0.0, 10.0, 100.0, 1000.0}])
+def test_values_of_mu_that_leave_nothing_are_left_out(recipe_of, tmp_path, monkeypatch, empty):
+    survey = transforming.Weighing._survey
+
+    def surveyed(self):
+        if self.settings.weights()[0] in empty:
+            raise transforming.NothingLeftError("nothing is left")
+        return survey(self)
+
+    monkeypatch.setattr(transforming.Weighing, "_survey", surveyed)
+    recipe = recipe_of(tmp_path / "out", scales={"choose": "auto", "trials": 2})
+    if len(empty) == 4:
+        with pytest.raises(transforming.NothingLeftError):
+            unlearn(recipe)
+        assert not [*tmp_path.rglob("transform-*")]
+        return
+    record = unlearn(recipe).record
+    assert {point["mu"] for point in record["scales"]["points"]} == {0.0, 10.0, 100.0, 1000.0} - empty
+    (kept,) = tmp_path.rglob("transform-*")
+    assert kept.name.endswith(record["scales"]["filter"]["key"][:12])
+
+
 def test_a_search_never_holds_more_than_the_best_vector_and_one_that_is_tried(
     recipe_of, tmp_path, monkeypatch
 ):
@@ -142,7 +164,9 @@ def test_a_search_never_holds_more_than_the_best_vector_and_one_that_is_tried(
 
     def counted(*given, **named):
         made = transform(*given, **named)
-        held.append(len([*tmp_path.rglob("transform-least_squares-*/vector")]))
+        vectors = [path.parent for path in tmp_path.rglob("transform-least_squares-*/vector")]
+        assert all((one / transforming.UNDECIDED).exists() for one in vectors)  # whatever happens now
+        held.append(len(vectors))
         return made
 
     monkeypatch.setattr(transforming, "transform", counted)
@@ -187,6 +211,33 @@ def test_arrival_can_be_asked_for_and_turned_off(run, tiny, arrival):
     assert point["arrival"] is arrival
     assert arrival or not any(point["arrival"] for point in chosen["points"])
     check_model(done, run, tiny)
+
+
+def test_arrival_is_where_given_scales_and_those_of_a_grid_arrive(recipe_of, tmp_path, tiny):
+    """β counts too; and only the vector that is used stays."""
+    grid = {"choose": "grid", "forget_grid": [0.5, 0.7], "retain_grid": [0.0]}
+    given = [{"forget": 0.7, "retain": 0.0}, {"forget": 0.7, "retain": 0.5}, grid]
+    keys = set()
+    for place, scales in enumerate(given):
+        settings = {"transforms": squares(arrival=True), "scales": scales}
+        record = unlearn(recipe_of(tmp_path / str(place) / "out", **settings)).record
+        assert record["scales"]["filter"]["arrival"] is True
+        (kept,) = (tmp_path / str(place)).rglob("transform-*")
+        assert kept.name.endswith(record["scales"]["filter"]["key"][:12])
+        assert not (kept / transforming.UNDECIDED).exists()
+        keys.add(record["scales"]["filter"]["key"])
+    assert len(keys) >= 2
+
+
+def test_a_damaged_file_of_probes_is_made_anew(run, monkeypatch):
+    recipe = run("damaged probes", squares(mu=4.0, arrival=False))
+    before = {*run.workspace.glob("scales-*")}
+    done = unlearn(recipe)
+    (step,) = {*run.workspace.glob("scales-*")} - before
+    (step / "step.json").unlink()
+    (step / "probes.json").write_bytes((step / "probes.json").read_bytes()[:10])
+    shutil.rmtree(done.output)
+    assert unlearn(recipe).record["scales"] == done.record["scales"]
 
 
 def test_mu_that_is_given_is_left_as_it_is(run):

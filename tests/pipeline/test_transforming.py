@@ -302,6 +302,9 @@ def test_axes_are_kept_and_made_again_where_they_are_damaged(moments, tmp_path, 
     (path,) = tmp_path.glob("axes-*")
     path.write_bytes(path.read_bytes()[:40])
     assert np.array_equal(kept.axes("one", 0.7), found)
+    path.write_bytes(b"")
+    (tmp_path / f".{path.name}.partial").write_bytes(b"what a killed run has left")
+    assert np.array_equal(kept.axes("one", 0.7), found)
     monkeypatch.setattr(transforming, "basis_of", None)
     assert np.array_equal(kept.axes("one", 0.7), found)
     assert not [*tmp_path.glob(".axes-*")]

@@ -267,11 +267,15 @@ class Making(FineTuning):
         """Return what was trained, filtered as was chosen, and the scales of a method that adds vectors."""
         trained = self.train(target)
         chosen = self._scales(target, trained) if isinstance(trained.result, Vectors) else None
-        if chosen and chosen.filter and trained.filters:
-            trained = trained.with_filtered(trained.filters.find(chosen.filter["key"]))
-        elif trained.filtered and trained.filters:
-            trained.filters.find(trained.filtered.key)
-        return trained, chosen
+        if (filters := trained.filters) is None or chosen is None:
+            return trained, chosen
+        if chosen.filter is None and filters.arrives == "always":  # a search has looked there itself
+            second = trained.unfiltered.retain if chosen.retain else None
+            rest = None if second is None else chosen.retain * second
+            there = filters.arrived(filters.usual(), chosen.forget, rest)
+            chosen = replace(chosen, filter=there.as_record())
+        key = chosen.filter["key"] if chosen.filter else filters.usual().key
+        return trained.with_filtered(filters.find(key)), chosen
 
     def make(self, target: Checkpoint) -> Made:
         """Make the unlearned model, in the workspace."""
@@ -304,7 +308,7 @@ class Making(FineTuning):
         betas = scales.retain_grid if beta is None else [beta]
         alphas = scales.forget_grid if scales.forget is None else [scales.forget]
         if len(alphas) == len(betas) == 1:
-            return self._given(alphas[0], betas[0], trained)
+            return ChosenScales(alphas[0], betas[0], "given", None, [])
         auto = scales.choose == "auto"
         step = self.workspace.step(
             "scales",
@@ -333,14 +337,6 @@ class Making(FineTuning):
             return asdict(choose(self.listener, yardstick=yardstick, filters=trained.filters))
 
         return ChosenScales(**step.once(found))
-
-    def _given(self, alpha: float, beta: float, trained: Trained) -> ChosenScales:
-        """Return scales that are given; a filter that is to read where the model arrives does it there."""
-        chosen = ChosenScales(alpha, beta, "given", None, [])
-        filters = trained.filters
-        if filters is None or filters.arrives != "always":
-            return chosen
-        return replace(chosen, filter=filters.arrived(filters.usual(), alpha).as_record())
 
     def _vectors_added(
         self, target: Checkpoint, trained: Trained, chosen: ChosenScales, step: Step

@@ -23,7 +23,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ from palinode.pipeline.goal import (
     warning,
 )
 from palinode.pipeline.inputs import Inputs
-from palinode.pipeline.transforming import Filtered, OpenFilter
+from palinode.pipeline.transforming import Filtered, NothingLeftError, OpenFilter
 from palinode.progress import Listener, record
 from palinode.records import read_json, write_json
 from palinode.weights import Checkpoint, Direction, Point
@@ -114,7 +114,9 @@ class Probes:
         self.inputs = inputs
         self.target = target
         self.path = path
-        self.known: dict[str, Any] = read_json(path) if path.exists() else {}
+        self.known: dict[str, Any] = {}
+        with suppress(FileNotFoundError, ValueError):  # nothing is kept yet, or it is damaged
+            self.known = read_json(path)
         self.device = pick_device(inputs.recipe.device)
         self.live: LiveModel | None = None
         self.tokenizer = load_tokenizer(target)
@@ -417,9 +419,10 @@ def choose_scales(
             points = list(counted(walk_grid(trials.goal, trials.tried, alphas, betas)))
             return conclude("grid", [], points, listener)
         glance = partial(trials.tried, whole=False)
-        trials.use(filters.usual() if filters else None)
         others: list[TriedScales] = []
-        looked = list(counted(walk_grid(trials.few, glance, alphas, betas, beyond)))
+        looked = of_next(
+            trials, filters, lambda: counted(walk_grid(trials.few, glance, alphas, betas, beyond))
+        )
         alphas = sorted({*alphas, *(point.forget_scale for point in looked)})
         if filters is not None:
             glances, others = compared(trials, filters, looked, alphas)
@@ -439,8 +442,6 @@ def choose_scales(
         parts = layer_groups(target, scales.groups)
         if len(parts) > 1:
             whole += grouped(trials, best(whole), parts, scales.trials, inputs.recipe.seed)
-    if filters is not None:
-        filters.tidy(trials.filtered)
     looked += [point for point in others if point not in whole]
     return conclude("auto", looked, whole, listener, parts=parts, filtered=trials.filtered)
 
@@ -471,6 +472,25 @@ def walk_grid(
             before = distance
 
 
+def of_next(
+    trials: Trials, filters: OpenFilter | None, walk: Callable[[], Iterator[TriedScales]]
+) -> list[TriedScales]:
+    """Return a walk with the vector of the next μ in use, one that leaves something; none at the end of them.
+
+    Raises NothingLeftError where none at all leaves anything.
+    """
+    if filters is None:
+        return list(walk())
+    while filters.untried:
+        trials.use(filters.at(filters.untried.pop(0)))
+        try:
+            return list(walk())
+        except NothingLeftError:
+            if not (filters.drop(trials.filtered) or filters.untried):
+                raise
+    return []
+
+
 def compared(
     trials: Trials, filters: OpenFilter, looked: Sequence[TriedScales], alphas: Sequence[float]
 ) -> tuple[list[TriedScales], list[TriedScales]]:
@@ -488,14 +508,13 @@ def compared(
     at_its_aim = partial(at_the_aim, trials, varied=len(alphas) > 1)
     found = at_its_aim(looked)
     better = best(found)
-    for mu in filters.others():
-        trials.use(filters.at(mu))
-        own = list(walk_grid(trials.few, glance, near, [usual.retain_scale], beyond))
+    walk = partial(walk_grid, trials.few, glance, near, [usual.retain_scale], beyond)
+    while own := of_next(trials, filters, walk):
         glances += own
         found += (new := at_its_aim(own))
         better = best([better, *new])
-        trials.use(filters.of(better))
-        filters.tidy(trials.filtered)
+        filters.tidy(filters.of(better).key)
+    trials.use(filters.of(better))
     return glances, found
 
 
@@ -544,7 +563,12 @@ def where_it_arrives(
     second = trials.vectors.retain
     rest = centre.retain_scale * second if second is not None and centre.retain_scale else None
     trials.use(filters.arrived(trials.filtered, centre.forget_scale, rest))
-    found = [trials.tried(centre.forget_scale, centre.retain_scale)]
+    try:
+        found = [trials.tried(centre.forget_scale, centre.retain_scale)]
+    except NothingLeftError:
+        if filters.arrives == "always":
+            raise
+        return []
     return found + around(trials, found[0], varied=varied)
 
 

@@ -7,13 +7,13 @@ kept, so that other settings, methods and requests find it there. The filters th
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from palinode.models.loading import load_model, load_tokenizer, pad_token, save_
 from palinode.pipeline.goal import TriedScales
 from palinode.pipeline.inputs import Work
 from palinode.pipeline.workspace import Step
+from palinode.records import beside
 from palinode.training.moments import (
     Moments,
     Place,
@@ -206,13 +207,14 @@ class MomentFiles:
     def axes(self, key: str, energy: float) -> np.ndarray:
         """Return the principal axes of a moment, [D, k] in float32, kept beside it for filters of any μ."""
         path = self.folder / f"axes-{energy}-{key}.npy"
-        with suppress(OSError, ValueError):  # none yet, or a damaged one
+        with suppress(OSError, ValueError, EOFError):  # none yet, or a damaged one
             kept: np.ndarray = np.load(path, allow_pickle=False)
             return kept
         found = basis_of(self.read(key), energy=energy, device=self.device).astype(np.float32)
-        with NamedTemporaryFile(dir=self.folder, prefix=".axes-", delete=False) as partial:
-            np.save(partial, found)
-        Path(partial.name).replace(path)
+        partial = beside(path)  # one that a killed run has left is written over
+        with partial.open("wb") as file:
+            np.save(file, found)
+        partial.replace(path)
         return found
 
     def matrix_place(self, name: str) -> Place | None:
@@ -353,9 +355,10 @@ class Weighing:
             parts[part_of(name)] += effect
         whole = self._blocks().survey()
         if whole["survives"] < SURVIVES:
-            raise InputError(
+            smaller = "mu" if self.settings.weights()[0] else "energy"
+            raise NothingLeftError(
                 f"the filter leaves {whole['survives']:.1g} of what the vector does to the forget rows: "
-                "their inputs are those of the retain rows; set a smaller mu, or leave the filter out"
+                f"their inputs are those of the retain rows; set a smaller {smaller}, or leave the filter out"
             )
         return {**whole, "parts": {key: own.survey() for key, own in parts.items()}}
 
@@ -393,6 +396,10 @@ OTHER_MUS = (MU / 10, 10 * MU, 0.0)
 """Values of μ that are tried beside the usual one where it is open; 0 is projection."""
 
 
+class NothingLeftError(InputError):
+    """A transform takes all of the vector out, or next to all of what it does to the forget rows."""
+
+
 class Filtered:
     """A forget vector as a filter leaves it; as large as a model, it is made when it is first needed."""
 
@@ -428,8 +435,6 @@ class Transforming(Work):
         self.moments = Measuring(self.inputs, self.workspace, self.listener, self.target)
         self.survey: dict[str, Any] = {}
         """What the transform that was made last found out on the way."""
-        self.made: set[str] = set()
-        """Keys of the steps that were done here, and not found."""
 
     def apply(
         self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
@@ -458,10 +463,12 @@ class Transforming(Work):
         keys: Mapping[str, str],
         *,
         made: tuple[Make, Any] | None = None,
+        undecided: bool = False,
     ) -> tuple[Step, Callable[[], Made]]:
         """Return the step of one transform, and what applies it, or finds it done.
 
-        `made` is what makes the vector, and what that needs.
+        `made` is what makes the vector, and what that needs; an `undecided` one is marked until it is chosen.
+        What is made raises NothingLeftError where the transform leaves nothing of the vector.
         """
         if isinstance(chosen.settings, LeastSquaresSettings):  # the usual μ is one vector, named or not
             mu, epsilon = chosen.settings.weights()
@@ -481,13 +488,18 @@ class Transforming(Work):
             if facts is None or stored is None:
                 step.clear()  # an interrupted try has left parts
                 self.survey = {}
-                self.made.add(step.key)
-                stored = make(before, step.folder / "vector")
-                if not stored.norm:
-                    raise InputError(
-                        f"the transform {name} leaves nothing of the forget vector; set it otherwise, or "
-                        "leave it out"
-                    )
+                if undecided:
+                    (step.folder / UNDECIDED).touch()
+                try:
+                    stored = make(before, step.folder / "vector")
+                    if not stored.norm:
+                        raise NothingLeftError(
+                            f"the transform {name} leaves nothing of the forget vector; set it otherwise, or "
+                            "leave it out"
+                        )
+                except NothingLeftError:
+                    shutil.rmtree(step.folder)
+                    raise
                 step.finish(facts := {**_told(chosen, before, stored), **self.survey})
             return stored, facts
 
@@ -544,7 +556,7 @@ class Transforming(Work):
         sets = self.moments.sets(settings)
         steps = [self.moments.of_point(point, place, rows, settings.positions) for rows in sets]
         made = self._weighed(settings, steps), [step.key for step in steps]
-        return self.planned(chosen, before, keys, made=made)
+        return self.planned(chosen, before, keys, made=made, undecided=True)
 
     def _low_rank(self, settings: Any) -> tuple[Make, Any]:
         def make(vector: Direction, output: Path) -> StoredVector:
@@ -575,6 +587,11 @@ class OpenFilter:
     ) -> None:
         self.transforming, self.last, self.before, self.keys = transforming, last, before, keys
         self.known: dict[tuple[float, bool], Filtered] = {}
+        # 0 only takes the principal axes out, so it is left out where none are.
+        own, (mu, _) = last.settings, last.settings.weights()
+        others = [mu for mu in OTHER_MUS if mu or own.energy] if own.is_open else []
+        self.untried = [mu, *others]
+        """Values of μ, the usual one first; the one that is given, where one is."""
 
     @property
     def arrives(self) -> Literal["never", "always", "where better"]:
@@ -586,19 +603,11 @@ class OpenFilter:
         """Return the vector at the usual μ, or at the one that is given."""
         return self.at(self.last.settings.weights()[0])
 
-    def others(self) -> Sequence[float]:
-        """Return the values of μ beside the usual one; none where μ is given.
-
-        0 only takes the principal axes out, so it is left out where none are.
-        """
-        own = self.last.settings
-        return [mu for mu in OTHER_MUS if mu or own.energy] if own.is_open else ()
-
     def at(self, mu: float) -> Filtered:
         """Return the vector filtered with that μ by what the target's layers read."""
         if (mu, False) not in self.known:
-            planned = self.transforming.planned(self._with(mu), self.before, self.keys)
-            self._keep(*planned, (mu, False))
+            step, make = self.transforming.planned(self._with(mu), self.before, self.keys, undecided=True)
+            self.known[mu, False] = Filtered(step.key, (mu, False), make)
         return self.known[mu, False]
 
     def arrived(self, filtered: Filtered, alpha: float, rest: Direction | None = None) -> Filtered:
@@ -612,8 +621,9 @@ class OpenFilter:
             there = self.transforming.target - alpha * filtered.direction
             return there if rest is None else there + rest
 
-        planned = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
-        return self._keep(*planned, (mu, True))
+        step, make = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
+        found = self.known[mu, True] = Filtered(step.key, (mu, True), make)
+        return found
 
     def of(self, point: TriedScales) -> Filtered:
         """Return the vector that a point was tried with."""
@@ -621,10 +631,12 @@ class OpenFilter:
         return self.known[point.filter]
 
     def find(self, key: str) -> Filtered:
-        """Return a vector that was chosen, by the key of its step, and leave it there."""
+        """Return a vector that was chosen, by the key of its step; the undecided ones are removed."""
         step = self._step(key)
-        if found := next((one for one in self.known.values() if one.key == key), None):
+        found = next((one for one in self.known.values() if one.key == key), None)
+        if found:
             found.made()
+        self.tidy(key)
         (step.folder / UNDECIDED).unlink(missing_ok=True)
         if found:
             return found
@@ -636,29 +648,20 @@ class OpenFilter:
             )
         return Filtered(key, (facts["settings"]["mu"], False), lambda: (stored, facts))
 
-    def tidy(self, chosen: Filtered | None) -> None:
-        """Remove the vectors that were made here and not chosen, which are as large as models.
+    def drop(self, empty: Filtered | None) -> bool:
+        """Forget a vector of which nothing is left, and tell whether there is another one."""
+        self.known = {label: one for label, one in self.known.items() if one is not empty}
+        return bool(self.known)
 
-        Those that were found may be another run's in this workspace.
+    def tidy(self, key: str) -> None:
+        """Remove the undecided vectors, as large as models as they are, but the one of that key.
+
+        What an interrupted search has left is among them; what another run has chosen is not.
         """
-        for one in [*self.known.values()]:
-            if one.key in self.transforming.made and one is not chosen:
-                self._step(one.key).clear()
-                del self.known[one.label]
-
-    def _keep(self, step: Step, make: Callable[[], Made], label: tuple[float, bool]) -> Filtered:
-        """Remember a vector. One that an interrupted search has made, and none has chosen, is made here."""
-        mark, known = step.folder / UNDECIDED, self.transforming.made
-        if mark.exists():
-            known.add(step.key)
-
-        def marked() -> Made:
-            made = make()
-            if step.key in known:
-                mark.touch()
-            return made
-
-        return self.known.setdefault(label, Filtered(step.key, label, marked))
+        for mark in self._step(key).folder.parent.glob(f"transform-*/{UNDECIDED}"):
+            if mark.parent != self._step(key).folder:
+                shutil.rmtree(mark.parent, ignore_errors=True)
+        self.known = {label: one for label, one in self.known.items() if one.key == key}
 
     def _step(self, key: str) -> Step:
         return self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", key)

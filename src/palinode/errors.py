@@ -37,6 +37,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EEXIST: "remove what is in the way, or choose another name",
     errno.ELOOP: "it is a link in a circle; choose another name",
+    errno.ENOTEMPTY: "somebody else wrote there meanwhile; choose another name",
 }
 """What to do when the system says that a place is full, taken, closed to us, or has no such names."""
 

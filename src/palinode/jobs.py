@@ -18,7 +18,7 @@ from palinode.audit.policy import load_policy
 from palinode.benchmarks import BENCHMARKS
 from palinode.data.examples import Example, fingerprint_examples, read_examples, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes
-from palinode.errors import CheckpointError, RecipeError, meant
+from palinode.errors import CheckpointError, DataError, RecipeError, meant
 from palinode.evaluation.benchmark import Places
 from palinode.evaluation.evaluate import BenchmarkEvaluated
 from palinode.evaluation.evaluate import evaluate_benchmark as run_benchmark
@@ -286,6 +286,8 @@ def influence(
     settings, listener = settings or InfluenceSettings(), listener or NullListener()
     if isinstance(questions, str | Path):
         questions = read_examples(questions, columns=settings.columns)
+    if not questions:
+        raise DataError("no question was asked; name one (--ask), or a file of them (--questions)")
     if isinstance(rows, str | Path):
         rows = read_examples(rows, columns=settings.columns)
     series = None

@@ -28,11 +28,11 @@ out().print("the [bold green]result[/]")
 """
 
 
-def on_terminal(*words, **environment):
+def on_terminal(*words, script=SCRIPT, **environment):
     """What a short script leaves on a terminal of its own."""
     main, other = pty.openpty()
     run = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *words],
+        [sys.executable, "-c", script, *words],
         stdin=other,
         stdout=other,
         stderr=other,
@@ -56,6 +56,16 @@ def test_a_terminal_shows_a_bar_and_leaves_one_line():
     assert COLOUR.search(found)
     assert b"counting [things]: 4 things in" in found
     assert b"a line [bold]as it is" in found
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_lists_stay_within_the_terminal_and_keep_their_columns(columns, palinode):
+    whole = palinode("list", "transforms").out
+    script = "from palinode.cli import main; main()"
+    said = on_terminal("list", "transforms", script=script, COLUMNS=str(columns)).decode()
+    assert max(map(len, said.splitlines())) <= columns
+    assert said.split() == whole.split()
+    assert {len(line) - len(line.lstrip()) for line in said.splitlines()[1:]} == {2, 17}
 
 
 def test_no_color_means_none():

@@ -5,11 +5,14 @@ inputs and machine, of what a run left, and of what there is.
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -136,10 +139,11 @@ def list_everything(kind: str | None = None) -> None:
         raise RecipeError(f"there is no list of {kind}; there are {', '.join(KINDS)}{meant(kind, known)}")
     own = {"attacks": attack_tests()} if wanted == "attacks" else listings()
     listed = {name: lines for name, lines in own.items() if wanted in (None, name)}
-    told = []
+    told, room = [], shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
     for name, lines in listed.items():
         width = max(map(len, lines), default=0)
-        told += [f"{name}:", *(f"  {one:{width}}  {description}" for one, description in lines.items())]
+        fill = TextWrapper(max(room, width + 30), subsequent_indent=" " * (width + 4)).fill
+        told += [f"{name}:", *(fill(f"  {one:{width}}  {description}") for one, description in lines.items())]
     answer(listed, "\n".join(told))
 
 

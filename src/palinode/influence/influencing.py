@@ -404,9 +404,7 @@ class Ranking:
 
 
 def as_examples(questions: Questions, form: Form) -> list[Example]:
-    """Return questions as rows; one without an answer has an empty one. Raises DataError for none."""
-    if not questions:
-        raise DataError("no question was asked; name one (--ask), or a file of them (--questions)")
+    """Return questions as rows; one without an answer has an empty one."""
     if not isinstance(questions, Mapping):
         return [*questions]
     role = "prompt" if form == "completion" else "user"

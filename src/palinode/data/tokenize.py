@@ -307,7 +307,8 @@ def _answer_row(
     if len(context) >= max_length:
         raise DataError(
             f"{example.place}: its prompt is {len(context)} tokens, which leaves no room for an answer in "
-            f"max_length {max_length}; raise max_length to {len(context) + len(answer)} or shorten the prompt"
+            f"max_length {max_length}; raise max_length to {len(context) + len(answer)} if the model takes "
+            "it, or shorten the prompt"
         )
     ids = (*context, *answer)
     return TokenRow(ids[:max_length], len(context), position, truncated=len(ids) > max_length)

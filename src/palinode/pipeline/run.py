@@ -270,10 +270,8 @@ class Making(FineTuning):
         if (filters := trained.filters) is None or chosen is None:
             return trained, chosen
         if chosen.filter is None and filters.arrives == "always":  # a search has looked there itself
-            second = trained.unfiltered.retain if chosen.retain else None
-            rest = None if second is None else chosen.retain * second
-            there = filters.arrived(filters.usual(), chosen.forget, rest)
-            chosen = replace(chosen, filter=there.as_record())
+            point = chosen.forget, chosen.retain, trained.unfiltered.retain
+            chosen = replace(chosen, filter=filters.arrived(filters.usual(), *point).as_record())
         key = chosen.filter["key"] if chosen.filter else filters.usual().key
         return trained.with_filtered(filters.find(key)), chosen
 

@@ -560,11 +560,10 @@ def where_it_arrives(
 ) -> list[TriedScales]:
     """Return the points near the centre for the vector filtered by what the layers read there."""
     assert trials.filtered is not None
-    second = trials.vectors.retain
-    rest = centre.retain_scale * second if second is not None and centre.retain_scale else None
-    trials.use(filters.arrived(trials.filtered, centre.forget_scale, rest))
+    alpha, beta = centre.forget_scale, centre.retain_scale
+    trials.use(filters.arrived(trials.filtered, alpha, beta, trials.vectors.retain))
     try:
-        found = [trials.tried(centre.forget_scale, centre.retain_scale)]
+        found = [trials.tried(alpha, beta)]
     except NothingLeftError:
         if filters.arrives == "always":
             raise

@@ -610,9 +610,12 @@ class OpenFilter:
             self.known[mu, False] = Filtered(step.key, (mu, False), make)
         return self.known[mu, False]
 
-    def arrived(self, filtered: Filtered, alpha: float, rest: Direction | None = None) -> Filtered:
-        """Return the vector filtered by what the layers read at θ_D − α · filtered + rest, β · retain."""
+    def arrived(
+        self, filtered: Filtered, alpha: float, beta: float = 0.0, retain: Direction | None = None
+    ) -> Filtered:
+        """Return the vector filtered by what the layers read at θ_D − α · filtered + β · retain."""
         mu, _ = filtered.label
+        rest = beta * retain if beta and retain is not None else None
         place = f"{filtered.key} {alpha}"
         if rest is not None and rest.terms:
             place += "".join(f" {weight} {term.fingerprint()}" for term, weight in rest.terms.items())

@@ -29,7 +29,7 @@ fuzz: $(INSTALLED) ## Read 10,000 damaged files, minutes (ARGS="--cases 100 --on
 check: $(INSTALLED) ## Check format, lint, types, and that the generated docs are current
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy -p palinode $(patsubst benchmarks/%.py,-m %,$(wildcard benchmarks/*.py))
 	@$(BIN)/python docs/reference.py --check
 
 house: $(INSTALLED) ## Measure the source: lines, files, long functions, circles, names (ARGS=--rooms runs one unlearn)

@@ -417,7 +417,8 @@ def profile_all(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         start_child(folder / "models", "generate", billions, 1)
         read_all(folder / "models")
         told = start_child(folder / "models", "profile", args.repeats)
-        parts = found[f"{billions} B"] = told["parts"]
+        parts: dict[str, float] = told["parts"]
+        found[f"{billions} B"] = parts
         print(f"\n{billions} B parameters, {THREADS} threads, {told['rounding']} rounding\n")
         print_row(["part", "seconds up to it", "of its own"], head=True)
         before = 0.0

@@ -150,7 +150,7 @@ class Demo:
                     self.live,
                     tokenize(at_most(rows, 1000, seed=self.seed), tokenizer, max_length=64, style=style),
                 )
-                for rows in (inputs.rows.forget_train, inputs.rows.spared)
+                for rows in (inputs.rows.forget, inputs.rows.spared)
             )
             self._sides = forget, spared
         return self._sides

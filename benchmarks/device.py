@@ -146,12 +146,12 @@ class Bench:
         modes = {"eager": None, "compiled": None, "graphs": "reduce-overhead"}
         for name in modes if self.device.type == "cuda" else list(modes)[:2]:
             options = self.options(compile=name != "eager")
-            torch.nn.Module.compile = partialmethod(plain, mode=modes[name])  # type: ignore[assignment]
+            torch.nn.Module.compile = partialmethod(plain, mode=modes[name])
             try:
                 first = self.timed(lambda options=options: training.our_steps(model, options))
                 again = training.our_steps(model, options)
             finally:
-                torch.nn.Module.compile = plain  # type: ignore[method-assign]
+                torch.nn.Module.compile = plain
             found[name] = {"tokens_per_s": fastest(again, options), "first_s": first - sum(again)}
             print(json.dumps({"compiled": name, **found[name]}), flush=True)
         return found

@@ -35,6 +35,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 BATCH, NEW_TOKENS, MAX_LENGTH = 32, 200, 512
 SETS = {
@@ -185,7 +186,7 @@ def differences(ours: Run, plain: Run) -> dict[str, object]:
     }
 
 
-def report(figures: dict[str, object]) -> None:
+def report(figures: dict[str, Any]) -> None:
     rows = ", ".join(f"{count} {name}" for name, count in figures["rows"].items())
     low, high = figures["speedup_spread"]
     print(

@@ -13,7 +13,8 @@ the target); of neutral sentences; and of the rows of each FILE named by `--also
 right answer in the sum with the wrong ones where the rows have any (TOFU's way). `--save FOLDER` writes
 those models. `--mix SHARE NAME` also tries (1 − SHARE) of what a filter takes off with SHARE of what
 NAME does, each at equal forgetting, and `--deeper FACTOR` goes on to that multiple of the retrained model's
-probability; both repeatable.
+probability; both repeatable. `--method NAME` does the same with the vector of another method, or with the
+change that a training of the target made; `--only` takes the rivals of rivals.py too.
 `--audit FOLDER` writes them there too, and runs attacks of `palinode audit` on each against the retrained
 model: each test's figure and its distance from that model's, with the interval.
 What the run trained and measured is found in its workspace. `--results` adds a line for each filter, with
@@ -38,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rivals import RIVALS, Sides, filtered, read
 
 from palinode.audit.attack import BUDGETS
 from palinode.audit.material import AuditRows, divide
@@ -80,6 +82,8 @@ class Filter:
     """Times that it is filtered again by what the layers read where its α arrives."""
     last: float | None = None
     """Energy of the axes that are taken out at the end, of all spared rows' inputs."""
+    rival: str | None = None
+    """What of rivals.py is done at the end."""
 
 
 def squares(mu: float, energy: float = 0.0, **settings: Any) -> list[dict[str, Any]]:
@@ -87,8 +91,10 @@ def squares(mu: float, energy: float = 0.0, **settings: Any) -> list[dict[str, A
 
 
 PROJECTION = {"name": "projection", "others": "drop"}
+PLAIN = {"name": "layer_scales", "scales": {".": 1.0}}
+"""It asks a training for the change that it made, and leaves it as it is."""
 FILTERS: Mapping[str, Filter] = {
-    "plain": Filter(0.75),
+    "plain": Filter(0.75, [PLAIN]),
     "projection .9": Filter(2.9, [PROJECTION]),
     "projection .8": Filter(2.0, [{**PROJECTION, "energy": 0.8}]),
     "projection .99": Filter(9.0, [{**PROJECTION, "energy": 0.99}]),
@@ -110,7 +116,9 @@ FILTERS: Mapping[str, Filter] = {
         for mu in (1, 10, 100)
         for share in (".5", ".8", ".9", ".95")
     },
+    **{name: Filter(0.75, [PLAIN], rival=name) for name in RIVALS},
 }
+STUDIED = [name for name in FILTERS if name not in RIVALS]
 
 
 def main() -> None:
@@ -120,6 +128,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--set", action="append", default=[], dest="changes")
     parser.add_argument("--only", action="append", choices=[*FILTERS], help="this filter; repeatable")
+    parser.add_argument("--method", action="append", help="in place of the recipe's; repeatable")
     parser.add_argument("--rounds", type=int, help="times that a vector is filtered again, at most")
     parser.add_argument("--also", action="append", default=[], help="rows to look at as well; repeatable")
     parser.add_argument("--results", action="append", default=[], type=Path)
@@ -151,8 +160,10 @@ def main() -> None:
     trial.policy = build_policy({"budget": {"relearn_rate": args.relearn_rate}}, preset=args.budget)
     with trial.workspace.locked():
         trial.begin()
-        for name in args.only or FILTERS:
-            trial.measure(name, FILTERS[name], args.rounds)
+        for method in args.method or [trial.recipe.method]:
+            trial.method, trial.others = method, {}
+            for name in args.only or STUDIED:
+                trial.measure(name, FILTERS[name], args.rounds)
 
 
 class Trial:
@@ -166,7 +177,7 @@ class Trial:
         results: Path | None,
     ) -> None:
         self.recipe = load_recipe(recipe, changes)
-        self.inputs = open_inputs(self.recipe)
+        self.inputs, self.method = open_inputs(self.recipe), self.recipe.method
         self.workspace = Workspace(workspace_folder(self.recipe))
         self.results = results
         lines = results.read_text().splitlines() if results and results.exists() else []
@@ -185,6 +196,7 @@ class Trial:
         self.together: str | None = None
         self.mixtures: Sequence[tuple[float, str]]
         self.others: dict[str, Direction] = {}
+        self.sides: tuple[Sides, Sides] | None = None
         self.mixtures, self.factors = [(0.0, "")], [1.0]
         tokenizer, style = load_tokenizer(self.inputs.reader), self.recipe.prompts.style()
         self.pad_id = pad_token(tokenizer)
@@ -224,26 +236,34 @@ class Trial:
 
     def measure(self, name: str, one: Filter, most: int | None) -> None:
         """Report a filter, and what it comes to where its α arrives."""
+        label = name if self.method == self.recipe.method else f"{self.method}: {name}"
         trained = self.trained(one)
-        vector, filtered, alpha = trained.vectors.forget, None, one.alpha
+        vector, again, alpha = trained.vectors.forget, None, one.alpha
         left = {"survives": trained.transforms[-1].get("survives", 1.0)} if trained.transforms else {}
         rounds = one.rounds if most is None else min(most, one.rounds)
         for place in range(1 + rounds):
             if place:
                 assert trained.filters is not None
-                filtered = trained.filters.arrived(filtered or trained.filters.usual(), alpha)
-                vector, left = filtered.direction, {"survives": filtered.facts["survives"]}
+                again = trained.filters.arrived(again or trained.filters.usual(), alpha)
+                vector, left = again.direction, {"survives": again.facts["survives"]}
             with TemporaryDirectory(dir=self.workspace.folder.parent) as folder:
                 if one.last is not None:
                     vector = self.projected(vector, one.last, Path(folder) / "vector")
-                alpha = self.found(name, place, vector, alpha, **left)
+                if one.rival:
+                    vector = self.rivalled(vector, one.rival, Path(folder) / "vector")
+                alpha = self.found(label, place, vector, alpha, **left)
                 if place == rounds:
-                    self.varied(name, place, alpha * vector)
+                    self.varied(label, place, alpha * vector)
 
     def trained(self, one: Filter) -> Trained:
         """Return the recipe's vector, filtered at the target."""
         scales = self.recipe.scales.model_copy(update={"retain": 0.0})
-        changes = {"transforms": list(one.transforms), "filter": "none", "scales": scales}
+        changes = {
+            "method": self.method,
+            "transforms": list(one.transforms),
+            "filter": "none",
+            "scales": scales,
+        }
         own = open_inputs(self.recipe.model_copy(update=changes))
         return FineTuning(own, self.workspace, NullListener()).train(self.target)
 
@@ -338,6 +358,23 @@ class Trial:
         measuring = Measuring(self.inputs, self.workspace, NullListener(), self.target)
         kept = MomentFiles(measuring.of_checkpoint(self.target, self.inputs.rows.spared))
         return transform([vector], project(kept, energy=energy, others="drop"), folder, label=f"off {energy}")
+
+    def rivalled(self, vector: Direction, name: str, folder: Path) -> Direction:
+        """Return a vector as a rival leaves it, by what the target's layers read and send back."""
+        if self.sides is None:
+            self.put(self.target)
+            tokenizer, style = load_tokenizer(self.inputs.reader), self.recipe.prompts.style()
+            length = self.recipe.evaluation.max_length
+            forget, spared = (
+                read(
+                    self.live,
+                    tokenize(own, tokenizer, max_length=length, style=style),
+                    pad_id=self.pad_id,
+                )
+                for own in (self.inputs.rows.forget, self.inputs.rows.spared)
+            )
+            self.sides = forget, spared
+        return filtered(vector, RIVALS[name], *self.sides, folder)
 
     def found(
         self,

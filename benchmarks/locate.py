@@ -194,8 +194,8 @@ def train(folder: Path, steps: int) -> Figures:
 
     spent = Stopwatch()
     callback.ids_key = spent.around(callback.ids_key)
-    callback.RowTable.find = spent.around(callback.RowTable.find)  # type: ignore[method-assign]
-    callback.LoggedLoader.step = spent.around(callback.LoggedLoader.step)  # type: ignore[method-assign]
+    callback.RowTable.find = spent.around(callback.RowTable.find)
+    callback.LoggedLoader.step = spent.around(callback.LoggedLoader.step)
     table = callback.RowTable(data, hashes(str(number) for number in range(len(data))))
     plain = iter(DataLoader(data, batch_size=8, collate_fn=collate))
     log = ExposureLog.open(folder, **OF)

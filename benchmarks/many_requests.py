@@ -100,7 +100,7 @@ class Trial:
         self.people = dict(enumerate(people.values(), start=1))
         forget, retain = (read_examples(self.world / f"{name}.jsonl") for name in ("forget", "retain"))
         shares = divide_rows(forget, retain, Split(), most=200, seed=self.seed)
-        self.retain = [self.lines["retain"][example.row] for example in shares.retain_train]
+        self.retain = [self.lines["retain"][example.row] for example in shares.retain]
         parts = {
             number: read_examples(self._file(f"forget-{number}", own)) for number, own in self.people.items()
         }

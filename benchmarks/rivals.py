@@ -1,4 +1,4 @@
-"""Rivals of the filters of inputs, which look at both sides of a layer; used by `benchmarks/filters.py`.
+"""Rivals of the filters of inputs, which look at both sides of a layer, for filters.py and filters_at.py.
 
 For y = W x with g the gradient of the answer loss by y, over tokens of rows read at the target:
 
@@ -15,7 +15,7 @@ Tensors that are no linear layer of a block are dropped, as they are by the othe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,19 @@ class Sides:
     inputs: Mapping[str, np.ndarray]
     outputs: Mapping[str, np.ndarray]
     gradients: Mapping[str, np.ndarray]
+    _known: dict[tuple[str, str], tuple[np.ndarray, ...]] = field(default_factory=dict)
+
+    def principal(self, side: str, name: str) -> tuple[np.ndarray, ...]:
+        """Return eigenvalues in units of their mean and eigenvectors of a moment, or a gradient's SVD."""
+        if (side, name) not in self._known:
+            own = getattr(self, side)[name]
+            known = (
+                np.linalg.svd(own.astype(np.float64), full_matrices=False)
+                if side == "gradients"
+                else np.linalg.eigh(unit(own))
+            )
+            self._known[side, name] = tuple(known)
+        return self._known[side, name]
 
 
 def read(model: Any, rows: Sequence[TokenRow], *, pad_id: int = 0) -> Sides:
@@ -72,7 +85,7 @@ Rival = Callable[[str, np.ndarray, Sides, Sides], np.ndarray]
 
 
 def kfac(name: str, values: np.ndarray, _forget: Sides, retain: Sides, *, strength: float) -> np.ndarray:
-    (a, right), (g, left) = (np.linalg.eigh(unit(own[name])) for own in (retain.inputs, retain.outputs))
+    (a, right), (g, left) = (retain.principal(side, name) for side in ("inputs", "outputs"))
     kept = strength / (strength + np.outer(g.clip(0), a.clip(0)))
     return left @ (kept * (left.T @ values @ right)) @ right.T
 
@@ -80,7 +93,7 @@ def kfac(name: str, values: np.ndarray, _forget: Sides, retain: Sides, *, streng
 def repselect(
     name: str, values: np.ndarray, forget: Sides, _retain: Sides, *, most: int, hard: bool = False
 ) -> np.ndarray:
-    left, sizes, right = np.linalg.svd(forget.gradients[name].astype(np.float64), full_matrices=False)
+    left, sizes, right = forget.principal("gradients", name)
     most = min(most, len(sizes))
     lost = np.ones(most) if hard else 1 - sizes[most - 1] / sizes[:most]
     left, right = left[:, :most], right[:most]
@@ -92,7 +105,7 @@ def both(name: str, values: np.ndarray, forget: Sides, retain: Sides, *, strengt
     spared = unit(retain.inputs[name])
     axes = basis_of(spared, energy=0.9)
     found = values @ least_squares(unit(forget.inputs[name]), spared, mu=100.0, epsilon=1.0, axes=axes)
-    g, left = np.linalg.eigh(unit(retain.outputs[name]))
+    g, left = retain.principal("outputs", name)
     kept: np.ndarray = left @ ((left.T @ found) * (strength / (strength + g.clip(0)))[:, None])
     return kept
 

@@ -142,8 +142,8 @@ def tofu_case(folder: Path, data: Path, models: Sequence[Path]) -> Iterator[Case
         }
     )
     inputs, start = open_inputs(recipe), Checkpoint.open(base)
-    vectors = [Checkpoint.open(name) - start for name in (theta_1, theta_2)]
-    yield Case("TOFU forget01", inputs, Checkpoint.open(target), *vectors, folder / "probes-tofu")
+    forget, retain = (Checkpoint.open(name) - start for name in (theta_1, theta_2))
+    yield Case("TOFU forget01", inputs, Checkpoint.open(target), forget, retain, folder / "probes-tofu")
 
 
 def _written(path: Path, rows: Sequence[Example]) -> str:

@@ -188,14 +188,6 @@ def test_names_that_a_package_exports_exist(package):
     assert [name for name in getattr(module, "__all__", []) if not hasattr(module, name)] == []
 
 
-@pytest.mark.parametrize("source", sorted((ROOT / "benchmarks").glob("*.py")), ids=where)
-def test_names_that_a_benchmark_imports_are_there(source):
-    """Nobody runs all benchmarks: this tells whoever takes a name away which of them go on without it."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("palinode"):
-            exec(ast.unparse(node), {})
-
-
 def test_importing_palinode_imports_no_heavy_library():
     code = (
         "import sys, palinode\n"

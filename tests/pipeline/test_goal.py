@@ -20,7 +20,7 @@ from palinode.pipeline.goal import (
     sensitivity,
     warning,
 )
-from palinode.pipeline.search import neighbours
+from palinode.pipeline.search import good_enough, neighbours, step_of
 
 
 def did(forget: float, retain: float | None = None, neutral: float | None = None) -> Behaviour:
@@ -53,6 +53,25 @@ def test_floors_hold_on_retain_rows_and_on_neutral_text():
     assert not GOAL.keeps(did(0.1, 0.71, 0.5))
     assert not GOAL.keeps(did(0.1, 0.8, 0.44))
     assert GOAL.shortfalls(did(0.1, 0.36, 0.45)) == pytest.approx({"retain": 0.5, "neutral": 0})
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "looked", "enough"),
+    [
+        (0.10, 0.79, 0.20, True),
+        (0.10, 0.79, 0.103, False),  # nothing lost there, .003 from the yardstick: .007 better
+        (0.10, 0.79, 0.1055, True),  # better, but no more than TOLERANCE
+        (0.12, 0.79, 0.20, False),  # forgets too little, and nothing is left to chance
+        (0.10, 0.71, 0.30, False),  # misses the floor
+    ],
+)
+def test_a_point_at_the_aim_is_good_enough_where_nothing_promises_more(forget, retain, looked, enough):
+    found = [tried(0.5, 0.0, did(forget, retain, 0.5))]
+    assert good_enough(found, [*found, tried(0.25, 0.0, did(looked, 0.8, 0.5))]) is enough
+
+
+def test_a_step_is_a_tenth_however_small_the_scale_is():
+    assert [step_of(alpha) for alpha in (0.0, 0.17, 0.5, 4.0)] == pytest.approx([0.01, 0.017, 0.05, 0.4])
 
 
 def test_forget_only_goal_has_no_floor_and_loses_nothing():

@@ -4,11 +4,12 @@
                        the forget-set behaviour is past the yardstick and getting worse, beyond the grid if
                        its largest α does not get there and the floors still hold
     2. the search      optuna's Gaussian process between the best of them, on all probe rows
-    3. a closer look   steps of about a tenth around the best point: they may be better, and they tell how
-                       much hangs on the exact scales
+    3. a closer look   steps of a tenth around the best point: they may be better, and they tell how much
+                       hangs on the exact scales
 
-Where the filter of the forget vector is open, the first look goes over its μ as well, and after the search
-the vector is filtered once more by what the layers read where the model arrives: held-back rows decide.
+Where the filter of the forget vector is open, the first look goes over its μ as well. They are compared where
+each forgets as much as the yardstick asks, and where that is good enough α is not searched for. Last, the
+vector is filtered once more by what the layers read where the model arrives: held-back rows decide.
 
 Or the grid is walked alone, on all probe rows. What is wanted is in `goal.py`. Each point is the weighted sum
 put into the target's live copy in place: no model is written. What it did is kept on disk before anything is
@@ -42,6 +43,7 @@ from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_reader, load_tokenizer, pad_token, pick_device
 from palinode.pipeline.goal import (
     SETS,
+    TOLERANCE,
     Behaviour,
     Goal,
     TriedScales,
@@ -334,8 +336,8 @@ def neighbours(chosen: TriedScales, points: Sequence[TriedScales]) -> list[Tried
 
 
 def step_of(alpha: float) -> float:
-    """Return a step in α."""
-    return max(STEP / 2, STEP * alpha)
+    """Return a step in α; scales have two decimals."""
+    return max(0.01, STEP * alpha)
 
 
 # Groups of layers
@@ -432,7 +434,8 @@ def choose_scales(
         near = [point for point in (*others, *looked) if point.filter == label]
         varied = (len(alphas) > 1, len(betas) > 1)
         whole = [point for point in others if point.filter == label]
-        whole += counted(between(trials, near, alphas, betas, scales.trials, inputs.recipe.seed))
+        if not whole or len(betas) > 1 or not good_enough(whole, near):
+            whole += counted(between(trials, near, alphas, betas, scales.trials, inputs.recipe.seed))
         whole += around(trials, best(whole), varied=varied)
         if filters is not None and filters.arrives != "never":
             there = where_it_arrives(trials, filters, best(whole), varied)
@@ -553,6 +556,17 @@ def towards_the_aim(points: Sequence[TriedScales]) -> float:
             return round(low + share * (high - low), 2)
     last = max(fallen)
     return round(last * min(FARTHEST, wanted / max(fallen[last], 1e-12)), 2) if wanted > 0 else 0.0
+
+
+def good_enough(found: Sequence[TriedScales], looked: Sequence[TriedScales]) -> bool:
+    """Tell whether the best of the points found at the aim does all that is wanted of one.
+
+    It forgets as far as chance can tell, keeps the floors, and nothing looked at promises to be better.
+    """
+    chosen = best(found)
+    least = min(point.goal.objective(point.behaviour) for point in looked)
+    does = chosen.goal.forgets(chosen.behaviour) and chosen.goal.keeps(chosen.behaviour)
+    return does and chosen.goal.objective(chosen.behaviour) <= least + TOLERANCE
 
 
 def where_it_arrives(

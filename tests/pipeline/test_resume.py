@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -64,10 +65,9 @@ def undisturbed(write_recipe, tmp_path_factory):
 
 
 SIGNALLED = """
-import fnmatch, os, sys
+import fnmatch, json, os, signal, sys
+import palinode.pipeline.run
 from palinode.cli import main
-
-number, pattern, seen = int(sys.argv.pop(1)), sys.argv.pop(1), []
 
 def notice(event, facts):
     if len(seen) == 1:  # the event after: what was waited for is there
@@ -76,20 +76,37 @@ def notice(event, facts):
     elif not seen and any(fnmatch.fnmatch(str(fact), pattern) for fact in facts):
         seen.append(event)
 
-sys.addaudithook(notice)
-main()
+for line in sys.stdin:
+    number, pattern, words, *places = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for place, stream in zip(places, (1, 2), strict=True):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    seen, sys.argv = [], ["palinode", *words]
+    sys.addaudithook(notice)
+    main()
 """
-"""A run that sends itself a signal as soon as something is made whose path matches."""
+"""Runs that send themselves a signal as soon as something is made whose path matches, each in a process of
+its own, forked from one that has imported everything once."""
 
 
-def signalled(recipe: Path, number: int, pattern: str) -> subprocess.CompletedProcess[str]:
-    words = [str(int(number)), f"*/{pattern}", "run", str(recipe), "--quiet"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    try:
-        command = [sys.executable, "-c", SIGNALLED, *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-    finally:
-        signal.signal(signal.SIGINT, before)
+@pytest.fixture(scope="module")
+def server():
+    command = [sys.executable, "-c", SIGNALLED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+def signalled(server: subprocess.Popen[str], recipe: Path, number: int, pattern: str) -> tuple[int, str, str]:
+    """Return a run's exit code and what it says on stdout and stderr."""
+    places = [recipe.with_suffix(suffix) for suffix in (".stdout", ".stderr")]
+    asked = [int(number), f"*/{pattern}", ["run", str(recipe), "--quiet"], *map(str, places)]
+    server.stdin.write(json.dumps(asked) + "\n")
+    server.stdin.flush()
+    code = int(server.stdout.readline())
+    return code, *(place.read_text() for place in places)
 
 
 def finish(recipe: Path) -> tuple[bytes, dict]:
@@ -110,12 +127,12 @@ def finish(recipe: Path) -> tuple[bytes, dict]:
     ],
 )
 def test_killed_run_finishes_with_the_weights_of_an_undisturbed_one(
-    write_recipe, undisturbed, tmp_path, moment
+    write_recipe, undisturbed, server, tmp_path, moment
 ):
     recipe = write_recipe(tmp_path)
     workspace = tmp_path / "out.workspace"
-    run = signalled(recipe, signal.SIGKILL, moment)
-    assert run.returncode == -signal.SIGKILL
+    code, *_ = signalled(server, recipe, signal.SIGKILL, moment)
+    assert code == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     finished = {path: path.stat().st_mtime_ns for path in workspace.glob("*/step.json")}
     assert finish(recipe) == undisturbed
@@ -127,13 +144,13 @@ def test_killed_run_finishes_with_the_weights_of_an_undisturbed_one(
     [(signal.SIGINT, "finetune-forget-*/state"), (signal.SIGTERM, "scales-*/probes.json")],
 )
 def test_interrupted_run_says_so_in_one_sentence_and_goes_on_when_asked(
-    write_recipe, undisturbed, tmp_path, number, moment
+    write_recipe, undisturbed, server, tmp_path, number, moment
 ):
     recipe = write_recipe(tmp_path)
-    run = signalled(recipe, number, moment)
-    assert run.returncode == 2
-    assert run.stdout == ""
-    assert run.stderr == (
+    code, said, complained = signalled(server, recipe, number, moment)
+    assert code == 2
+    assert said == ""
+    assert complained == (
         "palinode: interrupted; what was finished is kept, and the same command goes on where this one "
         "stopped (secret like the rows; palinode forget-workspace OUTPUT destroys it)\n"
     )

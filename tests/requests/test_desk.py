@@ -480,19 +480,21 @@ for place in range(places):
 """
 
 
-def test_killed_at_fifty_places_the_ledger_goes_on_and_comes_to_the_same(recipe, rows, tmp_path):
+@pytest.mark.parametrize("places", [16, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_many_places_the_ledger_goes_on_and_comes_to_the_same(recipe, rows, tmp_path, places):
     ready = begin(tmp_path / "ready", recipe, rows, "12")
     ready.carry_out()
     ready.withdraw("r2")
     (tmp_path / "scratch").mkdir()
-    words = [sys.executable, "-c", KILLED, ready.folder, tmp_path / "scratch", rows, "50", json.dumps(recipe)]
+    told = [ready.folder, tmp_path / "scratch", rows, str(places), json.dumps(recipe)]
+    words = [sys.executable, "-c", KILLED, *told]
     run = subprocess.run(words, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     said = [line.partition(" ") for line in run.stdout.splitlines()]
     total, whole = next(json.loads(text) for word, _, text in said if word == "WHOLE")
     found = [json.loads(text) for word, _, text in said if word == "PLACE"]
     assert total > 500
-    assert len(found) == 50
+    assert len(found) == places
     states, served, link, kinds = whole
     assert states == {"r1": "served", "r2": "withdrawn"}
     assert link == os.path.relpath(ready.place(ready.standing().candidate), ready.folder)

@@ -133,7 +133,7 @@ def _measured(inputs: Inputs, workspace: Workspace, listener: Listener, step: St
     short = FineTuning(replace(inputs, recipe=recipe), workspace, listener).train(inputs.target)
     probes = Probes(inputs, inputs.target, step.folder / "probes.json")
     trials = Trials(probes, short.vectors, listener)
-    goal, before = trials.goal, probes.of_checkpoint("base", inputs.earlier, ["forget"])["forget"]
+    goal, before = trials.goal, probes.of_point("base", inputs.earlier, ["forget"])["forget"]
     points = list(walk_grid(goal, trials.tried, LENGTHS, [0.0]))
     near = best(points).forget_scale
     chosen = best([*points, *(trials.tried(t, 0.0) for t in (near / CLOSER, near * CLOSER))])

@@ -139,14 +139,13 @@ class Probes:
         if examples:
             self.sets[name] = tokenize(examples, self.tokenizer, max_length=length, style=style)
 
-    def of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str] = SETS) -> Logprobs:
-        """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""
-        return self._asked(name, sets, lambda: self._loaded(checkpoint))
-
     def of_point(self, name: str, point: Point, sets: Sequence[str] = SETS) -> Logprobs:
-        """Return those of a checkpoint, or of a sum put into the live model; `name` stands for it on disk."""
+        """Return the mean log-probabilities on the sets of those names that there are.
+
+        Of a checkpoint, or of a sum put into the live model; `name` stands for it on disk.
+        """
         if isinstance(point, Checkpoint):
-            return self.of_checkpoint(name, point, sets)
+            return self._asked(name, sets, lambda: self._loaded(point))
         return self.of_parts(name, lambda: [(point, None)], sets)
 
     def of_parts(
@@ -196,9 +195,9 @@ def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
     """
     inputs, rows = probes.inputs, probes.inputs.rows
     probes.add("unseen", rows.unseen)
-    before = probes.of_checkpoint("target", probes.target, [*SETS, "unseen"])
+    before = probes.of_point("target", probes.target, [*SETS, "unseen"])
     if yardstick is None:
-        base, unseen = probes.of_checkpoint("base", inputs.earlier, ["forget", "unseen"]), None
+        base, unseen = probes.of_point("base", inputs.earlier, ["forget", "unseen"]), None
         if rows.unseen:
             unseen = Unseen(rows.unseen_source, base["unseen"], before["unseen"], _groups(rows.unseen))
         groups, seed = _groups(rows.forget_probe), inputs.recipe.seed
@@ -230,6 +229,7 @@ class Trials:
         self.probes = probes
         self.vectors = vectors
         self.filtered: Filtered | None = None
+        """The vector in use, as a filter leaves it."""
         self.listener = listener
         self.goal = open_goal(probes, yardstick)
         self.numbers = itertools.count(1)
@@ -240,10 +240,6 @@ class Trials:
         before: Logprobs = {"forget": self.goal.target.forget, "retain": self.goal.target.retain}
         part = {name: [before[name][place] for place in few] for name, few in places.items()}
         self.few = replace(self.goal, target=Behaviour.of(part), rows=tuple(places["forget"]))
-
-    def use(self, filtered: Filtered | None) -> None:
-        """Try a vector as a filter leaves it from now on."""
-        self.filtered = filtered
 
     @property
     def _prefix(self) -> str:
@@ -441,7 +437,7 @@ def choose_scales(
             there = where_it_arrives(trials, filters, best(whole), varied)
             others += [] if filters.arrives == "where better" else whole
             whole = there if filters.arrives == "always" else [*whole, *there]
-            trials.use(filters.of(best(whole)))
+            trials.filtered = filters.of(best(whole))
         parts = layer_groups(target, scales.groups)
         if len(parts) > 1:
             whole += grouped(trials, best(whole), parts, scales.trials, inputs.recipe.seed)
@@ -485,7 +481,7 @@ def of_next(
     if filters is None:
         return list(walk())
     while filters.untried:
-        trials.use(filters.at(filters.untried.pop(0)))
+        trials.filtered = filters.at(filters.untried.pop(0))
         try:
             return list(walk())
         except NothingLeftError:
@@ -517,7 +513,7 @@ def compared(
         found += (new := at_its_aim(own))
         better = best([better, *new])
         filters.tidy(filters.of(better).key)
-    trials.use(filters.of(better))
+    trials.filtered = filters.of(better)
     return glances, found
 
 
@@ -575,7 +571,7 @@ def where_it_arrives(
     """Return the points near the centre for the vector filtered by what the layers read there."""
     assert trials.filtered is not None
     alpha, beta = centre.forget_scale, centre.retain_scale
-    trials.use(filters.arrived(trials.filtered, alpha, beta, trials.vectors.retain))
+    trials.filtered = filters.arrived(trials.filtered, alpha, beta, trials.vectors.retain)
     try:
         found = [trials.tried(alpha, beta)]
     except NothingLeftError:

@@ -250,9 +250,7 @@ class Values:
     retain: Rows
 
 
-def rank(
-    contestants: Mapping[str, Values], ideal: Values, *, seed: int = 0, resamples: int = RESAMPLES
-) -> list[dict[str, Any]]:
+def rank(contestants: Mapping[str, Values], ideal: Values, *, seed: int = 0) -> list[dict[str, Any]]:
     """Return contestants by their gap, the least first, each with its interval and its equals within noise.
 
     All models have values of the same rows, and all contestants of the same seeds; the ideal has one.
@@ -262,9 +260,9 @@ def rank(
     if not names:
         return []
     counts = {
-        "forget": _resampled(ideal.forget.shape[1], resamples, random),
-        "retain": _resampled(ideal.retain.shape[1], resamples, random),
-        "seeds": _resampled(next(iter(contestants.values())).forget.shape[0], resamples, random),
+        "forget": _resampled(ideal.forget.shape[1], random),
+        "retain": _resampled(ideal.retain.shape[1], random),
+        "seeds": _resampled(next(iter(contestants.values())).forget.shape[0], random),
     }
     best = {name: _gaps(contestants[name], ideal, None)[0] for name in names}
     spread = {name: _gaps(contestants[name], ideal, counts) for name in names}
@@ -303,9 +301,9 @@ def values_of(seeds: Sequence[Mapping[str, Sequence[float | None]]]) -> Values |
     return Values(parts["forget"], parts["retain"])
 
 
-def _resampled(count: int, resamples: int, random: np.random.Generator) -> Rows:
+def _resampled(count: int, random: np.random.Generator) -> Rows:
     """Return how often each of `count` things is drawn, in each resample: [resamples, count]."""
-    return random.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    return random.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
 
 
 def _gaps(model: Values, ideal: Values, counts: Mapping[str, Rows] | None) -> Rows:

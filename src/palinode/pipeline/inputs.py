@@ -46,8 +46,8 @@ from palinode.pipeline.tracking import check_trackers
 from palinode.pipeline.workspace import Workspace, folder_size
 from palinode.progress import Listener
 from palinode.records import workspace_beside
+from palinode.weights import Checkpoint, Direction, Point, Saved, save
 from palinode.weights.atomic import check_output, check_room
-from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import require_causal_lm
 from palinode.weights.preflight import check_sum, check_tokenizers
 
@@ -153,6 +153,22 @@ class Work:
         """Where models run."""
         return pick_device(self.recipe.device)
 
+    def write(self, point: Point, folder: Path, along: Mapping[str, Direction], what: str) -> Saved:
+        """Write a sum as the recipe has its output, its dose measured along some directions."""
+        output = self.recipe.output
+        with self.listener.task(
+            f"writing the {what} model", self.inputs.reader.parameters, "weights"
+        ) as advance:
+            return save(
+                point,
+                folder,
+                dtype=output.dtype,
+                rounding=output.rounding,
+                seed=self.recipe.seed,
+                along=along,
+                on_progress=advance,
+            )
+
 
 def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:
     """Return what a recipe's method has to work with."""
@@ -242,11 +258,9 @@ def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> 
 
     A target that [prepare] makes is trained with the recipe's own prompts, and not asked.
     """
-    target, recipe = inputs.target, inputs.recipe
-    if target is None:
-        return inputs
-    note = note_on_prompts(
-        target,
+    recipe = inputs.recipe
+    notes = notes_on_prompts(
+        inputs.target,
         inputs.rows.forget,
         recipe.prompts.style(),
         max_length=recipe.evaluation.max_length,
@@ -254,11 +268,11 @@ def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> 
         workspace=workspace,
         listener=listener,
     )
-    return replace(inputs, notes=(*inputs.notes, note)) if note else inputs
+    return replace(inputs, notes=(*inputs.notes, *notes))
 
 
-def note_on_prompts(
-    target: Checkpoint,
+def notes_on_prompts(
+    target: Checkpoint | None,
     rows: Sequence[Example],
     style: PromptStyle,
     *,
@@ -266,10 +280,10 @@ def note_on_prompts(
     device: str,
     workspace: Workspace,
     listener: Listener,
-) -> str | None:
+) -> list[str]:
     """Return, and say, where a target knows the rows far better asked otherwise; the workspace keeps it."""
-    if not rows_with_style(rows):
-        return None
+    if target is None or not rows_with_style(rows):
+        return []
     step = workspace.step(
         "prompts",
         target=target.fingerprint(),
@@ -285,10 +299,10 @@ def note_on_prompts(
             advance(1)
         return {"note": found and found.note()}
 
-    note: str | None = step.once(asked).get("note")
-    if note:
+    notes = [note] if (note := step.once(asked).get("note")) else []
+    for note in notes:
         listener.say(note)
-    return note
+    return notes
 
 
 def check_target(

@@ -72,7 +72,7 @@ from palinode.records import (
 )
 from palinode.report.reports import Facts, Outcomes
 from palinode.report.verdicts import run_verdict
-from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
+from palinode.weights import Checkpoint, Direction, Point, StoredVector
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
 from palinode.weights.fingerprints import check_same, known_fingerprint, tensor_digests
@@ -273,7 +273,9 @@ class Making(FineTuning):
             point = chosen.forget, chosen.retain, trained.unfiltered.retain
             chosen = replace(chosen, filter=filters.arrived(filters.usual(), *point).as_record())
         key = chosen.filter["key"] if chosen.filter else filters.usual().key
-        return trained.with_filtered(filters.find(key)), chosen
+        found = filters.find(key)
+        steps = {**trained.steps, "transform": found.key}
+        return replace(trained, filtered=found, steps=steps), chosen
 
     def make(self, target: Checkpoint) -> Made:
         """Make the unlearned model, in the workspace."""
@@ -294,7 +296,7 @@ class Making(FineTuning):
             else:
                 along = {"change": trained.model - target}
                 point = target + along["change"]
-                weights = {"dose": self._write(point, target, along, {"change": 1.0}, step)}
+                weights = {"dose": self._dose(point, along, {"change": 1.0}, step)}
             step.finish(weights)
             model = Checkpoint.open(step.folder / "model")
         return Made(model, trained, chosen, weights, {**trained.steps, "apply": step.key})
@@ -346,31 +348,17 @@ class Making(FineTuning):
             taken = replace(vectors, forget=forget)
         scales = {"forget": chosen.forget, "retain": chosen.retain}
         point = taken.taken_off(target, chosen.forget, chosen.retain)
-        dose = self._write(point, target, taken.along(chosen.retain), scales, step)
+        dose = self._dose(point, taken.along(chosen.retain), scales, step)
         with self.listener.task("measuring the vectors", target.parameters, "weights") as advance:
             geometry = geometry_facts(vectors.forget, vectors.retain, on_progress=advance)
         told = {"transforms": list(trained.transforms)} if trained.transforms else {}
         return {"dose": dose, "vectors": {**geometry, **told}}
 
-    def _write(
-        self,
-        point: Point,
-        target: Checkpoint,
-        along: Mapping[str, Direction],
-        scales: Mapping[str, float],
-        step: Step,
+    def _dose(
+        self, point: Point, along: Mapping[str, Direction], scales: Mapping[str, float], step: Step
     ) -> dict[str, Any]:
         """Write the unlearned model, say what the user should know of its rounding, and return its dose."""
-        with self.listener.task("writing the unlearned model", target.parameters, "weights") as advance:
-            saved = save(
-                point,
-                step.folder / "model",
-                dtype=self.recipe.output.dtype,
-                rounding=self.recipe.output.rounding,
-                seed=self.recipe.seed,
-                along=along,
-                on_progress=advance,
-            )
+        saved = self.write(point, step.folder / "model", along, "unlearned")
         for note in saved.notes:
             self.listener.say(note)
         return dose_facts(saved, scales)

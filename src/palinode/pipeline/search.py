@@ -24,11 +24,11 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -60,9 +60,6 @@ from palinode.records import read_json, write_json
 from palinode.weights import Checkpoint, Direction, Point
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import transform
-
-if TYPE_CHECKING:
-    import optuna
 
 Logprobs = Mapping[str, Sequence[float]]
 """Mean log-probability of each row's answer, by set of rows."""
@@ -591,24 +588,13 @@ def between(
 ) -> Iterator[TriedScales]:
     """Yield the points that optuna suggests between the neighbours of the best ones, on all rows."""
     different = {(point.forget_scale, point.retain_scale): point for point in reversed(looked)}
-    starts = sorted(different.values(), key=lambda point: point.rank)[:STARTS]
+    best_first = sorted(different.values(), key=lambda point: point.rank)
+    starts = [(point.forget_scale, point.retain_scale) for point in best_first[:STARTS]]
     ranges = {
-        "forget": range_around([point.forget_scale for point in starts], alphas),
-        "retain": range_around([point.retain_scale for point in starts], betas),
+        "forget": range_around([alpha for alpha, _ in starts], alphas),
+        "retain": range_around([beta for _, beta in starts], betas),
     }
-    with quiet_study(seed, starts=len(starts)) as study:
-        for point in starts:
-            scales = {"forget": point.forget_scale, "retain": point.retain_scale}
-            study.enqueue_trial({name: scales[name] for name, (low, high) in ranges.items() if low < high})
-        for _ in range(max(count, len(starts))):
-            trial = study.ask()
-            try:
-                alpha, beta = (suggested(trial, name, limits) for name, limits in ranges.items())
-            except ValueError:  # no place promises anything: all that was tried misses a floor by far
-                return
-            point = trials.tried(alpha, beta)
-            tell(study, trial, point)
-            yield point
+    return suggested(trials.tried, ranges, starts, count, seed)
 
 
 def around(trials: Trials, centre: TriedScales, *, varied: tuple[bool, bool]) -> list[TriedScales]:
@@ -629,18 +615,16 @@ def around(trials: Trials, centre: TriedScales, *, varied: tuple[bool, bool]) ->
 
 def grouped(
     trials: Trials, centre: TriedScales, parts: Sequence[Sequence[str]], count: int, seed: int
-) -> list[TriedScales]:
-    """Return points at the centre's (α, β) where optuna gives each group of layers its own factor."""
-    found: list[TriedScales] = []
-    with quiet_study(seed, starts=1) as study:
-        study.enqueue_trial({str(group): 1.0 for group in range(len(parts))})
-        for _ in range(count):
-            trial = study.ask()
-            factors = tuple(suggested(trial, str(group), FACTORS) for group in range(len(parts)))
-            point = trials.with_factors(centre, parts, factors)
-            tell(study, trial, point)
-            found.append(point)
-    return found
+) -> Iterator[TriedScales]:
+    """Yield points at the centre's (α, β) where optuna gives each group of layers its own factor."""
+    ranges = {str(group): FACTORS for group in range(len(parts))}
+    return suggested(
+        lambda *factors: trials.with_factors(centre, parts, factors),
+        ranges,
+        [[1.0] * len(parts)],
+        count,
+        seed,
+    )
 
 
 def range_around(values: Sequence[float], grid: Sequence[float]) -> Range:
@@ -652,16 +636,17 @@ def range_around(values: Sequence[float], grid: Sequence[float]) -> Range:
     return below, above
 
 
-def suggested(trial: optuna.Trial, name: str, limits: Range) -> float:
-    """Return a scale with two decimals between the limits; more exact than that it need not be."""
-    low, high = limits
-    with np.errstate(invalid="ignore"):  # optuna divides by the sum of what it hopes for, which may be 0
-        return low if low == high else round(trial.suggest_float(name, low, high), 2)
+def suggested(
+    tried: Callable[..., TriedScales],
+    ranges: Mapping[str, Range],
+    starts: Sequence[Sequence[float]],
+    count: int,
+    seed: int,
+) -> Iterator[TriedScales]:
+    """Yield the points that are tried, at the starts first, then where optuna suggests, with two decimals.
 
-
-@contextmanager
-def quiet_study(seed: int, *, starts: int) -> Iterator[optuna.Study]:
-    """Give a study in memory, seeded and quiet."""
+    Its study is in memory, seeded and quiet; it hears what each point is worth, and which floors that misses.
+    """
     import optuna
 
     loud = optuna.logging.get_verbosity()
@@ -670,15 +655,26 @@ def quiet_study(seed: int, *, starts: int) -> Iterator[optuna.Study]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # exact objectives are new
             sampler = optuna.samplers.GPSampler(
-                seed=seed, n_startup_trials=starts, deterministic_objective=True
+                seed=seed, n_startup_trials=len(starts), deterministic_objective=True
             )
-        yield optuna.create_study(direction="minimize", sampler=sampler)
+        study = optuna.create_study(direction="minimize", sampler=sampler)
+        open_to = {name for name, (low, high) in ranges.items() if low < high}
+        for start in starts:
+            study.enqueue_trial({name: it for name, it in zip(ranges, start, strict=True) if name in open_to})
+        for _ in range(max(count, len(starts))):
+            trial, values = study.ask(), list[float]()
+            for name, (low, high) in ranges.items():
+                try:
+                    with np.errstate(invalid="ignore"):  # it divides by the sum of its hopes, which may be 0
+                        values.append(
+                            round(trial.suggest_float(name, low, high), 2) if name in open_to else low
+                        )
+                except ValueError:  # no place promises anything: all that was tried misses a floor by far
+                    return
+            point = tried(*values)
+            for name, shortfall in point.goal.shortfalls(point.behaviour).items():
+                trial.set_constraint(name, shortfall)
+            study.tell(trial, point.goal.objective(point.behaviour))
+            yield point
     finally:
         optuna.logging.set_verbosity(loud)
-
-
-def tell(study: optuna.Study, trial: optuna.Trial, point: TriedScales) -> None:
-    """Report what a suggested point was worth, and which floors it misses."""
-    for name, shortfall in point.goal.shortfalls(point.behaviour).items():
-        trial.set_constraint(name, shortfall)
-    study.tell(trial, point.goal.objective(point.behaviour))

@@ -52,13 +52,7 @@ from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal, best
-from palinode.pipeline.inputs import (
-    InputRows,
-    ask_as_trained,
-    check_folder,
-    check_workspace,
-    open_inputs,
-)
+from palinode.pipeline.inputs import InputRows, ask_as_trained, check_folder, check_workspace, open_inputs
 from palinode.pipeline.recipe import laid_over, named
 from palinode.pipeline.reporting import environment, heading
 from palinode.pipeline.run import Making
@@ -316,9 +310,7 @@ class _Comparison:
         )
 
     def _table(
-        self,
-        fixed: Mapping[str, Mapping[str, Any]],
-        entries: Sequence[Mapping[str, Any]],
+        self, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """Return the content of table.json for the contestants that are through."""
         shared, shares = self.recipe.shared, self.ground.shares
@@ -406,9 +398,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _ranking(
-    comparison: ComparisonRecipe,
-    fixed: Mapping[str, Mapping[str, Any]],
-    entries: Sequence[Mapping[str, Any]],
+    comparison: ComparisonRecipe, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the contestants by their gap to the ideal, or why there is no order."""
     metric, retrained = comparison.measure.rank_by, fixed.get("retrained")

@@ -138,11 +138,7 @@ class _AuditRun:
     """One audit in progress."""
 
     def __init__(
-        self,
-        plan: AuditPlan,
-        checkpoints: Mapping[str, Checkpoint],
-        workspace: Workspace,
-        listener: Listener,
+        self, plan: AuditPlan, checkpoints: Mapping[str, Checkpoint], workspace: Workspace, listener: Listener
     ) -> None:
         self.plan, self.checkpoints, self.workspace, self.listener = plan, checkpoints, workspace, listener
         self.device = pick_device(plan.settings.device)

@@ -344,12 +344,7 @@ class _Planner:
         most = self.recipe.training.max_length
         if self.tokenizer is None:  # about four bytes a token, and the words of a template
             return [min(most, 8 + len(f"{one.prompt} {one.answer}".encode()) // 4) for one in examples]
-        rows = tokenize(
-            examples,
-            self.tokenizer,
-            max_length=most,
-            style=self.recipe.prompts.style(),
-        )
+        rows = tokenize(examples, self.tokenizer, max_length=most, style=self.recipe.prompts.style())
         return [len(row.ids) for row in rows]
 
     def _training(self, label: str, examples: Sequence[Example]) -> PlannedStep:

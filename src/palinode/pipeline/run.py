@@ -201,10 +201,7 @@ def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
 
 
 def unlearn(
-    recipe: Recipe,
-    *,
-    listener: Listener | None = None,
-    located: Mapping[str, Any] | None = None,
+    recipe: Recipe, *, listener: Listener | None = None, located: Mapping[str, Any] | None = None
 ) -> Unlearned:
     """Run a recipe from two model folders and a forget set to an unlearned model with its record.
 

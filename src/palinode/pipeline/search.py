@@ -145,12 +145,7 @@ class Probes:
             return self._asked(name, sets, lambda: self._loaded(point))
         return self.of_parts(name, lambda: [(point, None)], sets)
 
-    def of_parts(
-        self,
-        name: str,
-        parts: Callable[[], Parts],
-        sets: Sequence[str] = SETS,
-    ) -> Logprobs:
+    def of_parts(self, name: str, parts: Callable[[], Parts], sets: Sequence[str] = SETS) -> Logprobs:
         """Return those of a model put together; `parts` is called where it was not asked before."""
 
         def filled() -> PreTrainedModel:

@@ -409,10 +409,7 @@ class Transforming(Work):
         maker = getattr(self, f"_{name}")
         make, needed = maker(settings, of) if of else maker(settings)
         step = self.workspace.step(
-            f"transform-{name}",
-            vector=dict(keys),
-            settings=settings.model_dump(mode="json"),
-            needed=needed,
+            f"transform-{name}", vector=dict(keys), settings=settings.model_dump(mode="json"), needed=needed
         )
 
         def done() -> Made:
@@ -550,11 +547,7 @@ class OpenFilter:
     """A least-squares filter whose μ, and whether it reads where the model arrives, are chosen with α."""
 
     def __init__(
-        self,
-        transforming: Transforming,
-        last: ChosenTransforms,
-        before: Direction,
-        keys: Mapping[str, str],
+        self, transforming: Transforming, last: ChosenTransforms, before: Direction, keys: Mapping[str, str]
     ) -> None:
         self.transforming, self.last, self.before, self.keys = transforming, last, before, keys
         self.known: dict[tuple[float, bool], Filtered] = {}

@@ -124,7 +124,7 @@ def recipe_of(
 def steps_an_epoch(recipe: Recipe, rows: InputRows) -> list[int]:
     """Return the optimiser steps of one epoch, of each run that the method takes for one unlearned model."""
     method, training, data = METHODS[recipe.method], recipe.training, recipe.data
-    refusals = read_refusals(data.refusals) if data.refusals else ()
+    refusals = read_refusals(data.refusals)
     settings = method.check_settings(recipe.method_settings)
     return [
         math.ceil(math.ceil(len(run.anchors) / training.batch_size) / training.accumulation)

@@ -52,7 +52,7 @@ from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import InputRows
 from palinode.pipeline.workspace import Step, fingerprint
 from palinode.progress import Listener
-from palinode.records import Score, read_outcomes, write_outcomes
+from palinode.records import Score, plain_scores, read_outcomes, write_outcomes
 from palinode.settings import EvaluationSettings
 from palinode.weights import Checkpoint
 
@@ -166,10 +166,7 @@ def measure_model(
             kept = {name: list(read_outcomes(file)) for name, file in files.items()}
             theirs = Reference("retrained", kept)
         measured = judged(judge, Measured(exam, outcomes, theirs), listener)
-        scores[exam.name] = {
-            name: {metric: asdict(score) for metric, score in group.items()}
-            for name, group in score_cells(measured).items()
-        }
+        scores[exam.name] = plain_scores(score_cells(measured))
         if exam.name == OWN_ROWS:
             by_row = METRICS[gauge.measure.rank_by].per_example
             values = {name: by_row(outcomes[name]) for name in ("forget", "retain")}

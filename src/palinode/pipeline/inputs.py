@@ -198,8 +198,8 @@ def open_inputs(recipe: Recipe) -> Inputs:
         _check_models(reader, base if target else None, retrained, recipe)
     if target is not None and unlearned is not None:
         check_unlearned(target, unlearned)
-    rows, notes = _open_rows(recipe)
-    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), _refusals(recipe), unlearned)
+    (rows, notes), refusals = _open_rows(recipe), read_refusals(recipe.data.refusals)
+    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), tuple(refusals), unlearned)
     return replace(inputs, notes=(*notes, *_check_rows_fit(inputs)))
 
 
@@ -222,7 +222,8 @@ def outline_inputs(recipe: Recipe) -> Inputs:
     _check_method(recipe)
     model, (rows, notes) = outline(recipe.models.target or recipe.models.base or ""), _open_rows(recipe)
     base, target, retrained, unlearned = _models(recipe, lambda _: model)
-    return Inputs(recipe, base, target, retrained, rows, tuple(notes), _refusals(recipe), unlearned)
+    refusals = tuple(read_refusals(recipe.data.refusals))
+    return Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals, unlearned)
 
 
 def _models(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Iterator[Checkpoint | None]:
@@ -230,10 +231,6 @@ def _models(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Iterator[Che
     models = recipe.models
     for place in (models.base, models.target, models.retrained, models.given):
         yield opened(place) if place else None
-
-
-def _refusals(recipe: Recipe) -> tuple[str, ...]:
-    return tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
 
 
 def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:

@@ -64,6 +64,7 @@ from palinode.records import (
     RECORD_VERSION,
     Outcome,
     Score,
+    plain_scores,
     read_json,
     read_outcomes,
     share,
@@ -426,6 +427,7 @@ class _Unlearning(Making):
         told = {name: row_facts(data[name], own) if data[name] else None for name, own in sets.items()}
         chosen, training = (made.chosen, made.trained.training) if made else (None, {})
         with_sets = with_unseen(outcomes, made.trained.seen if made else ())
+        scored = partial(score_outcomes, seed=recipe.seed)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
         return {
             **heading(RECORD_VERSION, started=self.started, verb="run"),
@@ -449,13 +451,7 @@ class _Unlearning(Making):
             "training": training,
             "steps": dict(made.steps) if made else {},
             "scores": {
-                name: {
-                    label: {
-                        metric: asdict(score)
-                        for metric, score in score_outcomes(found, seed=recipe.seed).items()
-                    }
-                    for label, found in own.items()
-                }
+                name: plain_scores({label: scored(found) for label, found in own.items()})
                 for name, own in with_sets.items()
             },
             "environment": {

@@ -165,15 +165,13 @@ class Probes:
         wanted = [one for one in sets if one in self.sets]
         missing = [one for one in wanted if one not in self.known.get(name, {})]
         if missing:
-            live = model()
-            found = {one: self._mean_logprobs(live, self.sets[one]) for one in missing}
+            live, found = model(), dict[str, list[float]]()
+            for one in missing:
+                scored = score_rows(live, self.sets[one], pad_id=self.pad_id)
+                found[one] = [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
             self.known[name] = {**self.known.get(name, {}), **found}
             write_json(self.path, self.known)
         return {one: self.known[name][one] for one in wanted}
-
-    def _mean_logprobs(self, model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[float]:
-        scored = score_rows(model, rows, pad_id=self.pad_id)
-        return [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
 
 
 # What is wanted

@@ -32,10 +32,8 @@ TIMES = {"carried out": "carried_out", "audited": "audited", "approved": "approv
 
 def request_facts(events: Sequence[Event], request: Request) -> dict[str, Any]:
     """Return what an export says of one request; of each kind of event the time of the last one."""
-    now, model = standing(events), None
-    times: dict[str, str] = {}
-    for made in now.models:
-        model = made if request.id in made.requests else model
+    now = standing(events)
+    model, times = now.made_for(request.id), dict[str, str]()
     for event in events:
         if event.request == request.id and event.kind in ("added", "located", "withdrawn"):
             times[event.kind] = event.time
@@ -239,7 +237,7 @@ def ledger_page(folder: Path) -> str:
 
 def _report_of(now: Standing, folder: Path, name: str) -> str | None:
     """Return where the report behind a request's verdict is: of its audit, or of the model made for it."""
-    made = next((model.set for model in reversed(now.models) if name in model.requests), None)
+    made = model.set if (model := now.made_for(name)) else ""
     places = (f"audits/{made}/{name}", f"audits/{made}/all", f"models/{made}") if made else ()
     pages = (f"{place}/report.html" for place in places)
     return next((f"/{page}" for page in pages if (folder / page).is_file()), None)

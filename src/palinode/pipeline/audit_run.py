@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -259,7 +259,14 @@ class _AuditRun:
             notes.append(f"The audited and the {same[0]} model have the same weights.")
         if uneven := _uneven(findings):
             notes.append(NOTES["uneven"].format(aucs=", ".join(uneven)))
-        notes += _beside_forgotten(findings)
+        near = findings.get("neighbours", {}).get(AUDITED, {})
+        changes = {name: found.difference.value for name, found in near.items()}
+        lost = {name: value for name, value in changes.items() if value is not None}
+        if "rest" in lost and min(lost.values()) < lost["rest"] - BESIDE:
+            told = (
+                f"{name} {near[name].score.value:.2f} ({near[name].reference.value:.2f})" for name in lost
+            )
+            notes.append(NOTES["beside"].format(told=", ".join(told)))
         blind = [
             f"{attack}.{test}"
             for attack, models in findings.items()
@@ -269,15 +276,6 @@ class _AuditRun:
         if blind:
             notes.append(NOTES["blind"].format(tests=", ".join(blind)))
         return notes
-
-
-def _beside_forgotten(findings: Mapping[str, Findings]) -> Iterator[str]:
-    """Yield a note where the retain rows nearest to the forget rows lost more than the rest."""
-    found = findings.get("neighbours", {}).get(AUDITED, {})
-    lost = {name: it.difference.value for name, it in found.items() if it.difference.value is not None}
-    if "rest" in lost and min(lost.values()) < lost["rest"] - BESIDE:
-        told = (f"{name} {found[name].score.value:.2f} ({found[name].reference.value:.2f})" for name in lost)
-        yield NOTES["beside"].format(told=", ".join(told))
 
 
 def _uneven(findings: Mapping[str, Findings]) -> list[str]:

@@ -194,8 +194,18 @@ def open_inputs(recipe: Recipe) -> Inputs:
     pick_device(recipe.device)
     check_trackers(recipe.tracker)
     base, target, retrained, unlearned = _models(recipe, lambda place: _open(place, recipe))
-    if (reader := target or base) is not None:
-        _check_models(reader, base if target else None, retrained, recipe)
+    reader = target or base
+    if target is not None and base is not None:  # states of one model, as the last step will ask too
+        for check in pair_checks(target, base, recipe.method, recipe.method_settings).values():
+            check()
+    elif reader is not None:
+        check_sum(reader, [])
+    if reader is not None and retrained is not None:
+        check_tokenizers(reader, [retrained])
+    scales = recipe.scales
+    given = scales.forget is not None and (scales.retain is not None or not recipe.data.retain)
+    if reader is not None and recipe.has_scales and not given:  # pairs are tried on a live model
+        check_live(reader)
     if target is not None and unlearned is not None:
         check_unlearned(target, unlearned)
     (rows, notes), refusals = _open_rows(recipe), read_refusals(recipe.data.refusals)
@@ -368,22 +378,6 @@ def _open(location: str, recipe: Recipe) -> Checkpoint:
     checkpoint = Checkpoint.open(location, allow_pickle=recipe.models.allow_pickle)
     require_causal_lm(checkpoint)
     return checkpoint
-
-
-def _check_models(
-    target: Checkpoint, base: Checkpoint | None, retrained: Checkpoint | None, recipe: Recipe
-) -> None:
-    """Raise MismatchError unless the models are states of one model, as the last step will ask too."""
-    if base is None:
-        check_sum(target, [])
-    else:
-        for check in pair_checks(target, base, recipe.method, recipe.method_settings).values():
-            check()
-    if retrained is not None:
-        check_tokenizers(target, [retrained])
-    given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    if recipe.has_scales and not given:  # pairs are tried on a live model
-        check_live(target)
 
 
 def check_unlearned(target: Checkpoint, unlearned: Checkpoint) -> None:

@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -225,23 +224,17 @@ def unlearn(
     check_places(recipe, inputs, needs=costs.disk)
     for line in (*describe(costs), *inputs.notes):
         listener.say(line)
-    corrected = Corrected(listener, costs)
-    with workspace.locked(listener), tracked_run(inputs, workspace, corrected) as listener:
-        return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(located)
-
-
-def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> AbstractContextManager[Listener]:
-    """Give a listener that also keeps curves with the trackers of the recipe, if it names any."""
-    recipe = inputs.recipe
     named = {"method", "method_settings", "seed", "training", "scales", "evaluation", "prepare"}
-    return tracked(
-        listener,
+    curves = tracked(
+        Corrected(listener, costs),
         recipe.tracker,
         folder=workspace.folder / "tracking",
         run=Path(recipe.output.folder).resolve().name,
         settings=recipe.model_dump(mode="json", include=named, exclude_none=True),
         cpu=pick_device(recipe.device).type == "cpu",
     )
+    with workspace.locked(listener), curves as listener:
+        return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(located)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,6 @@ from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
 from palinode.weights import Checkpoint
 
-SCALES = ("scales.forget", "scales.retain")
 USUAL_SCALES = {"scales.forget": 1.0, "scales.retain": 0.0}
 """Scales that are neither fixed nor searched: the paper's α, and forget-only."""
 
@@ -78,23 +77,19 @@ def draw_points(contestant: Contestant, tries: int, *, seed: int) -> list[Method
             "contestant has the same number, so give it more values or lower tries"
         )
     drawn = np.random.default_rng([seed, *contestant.name.encode()]).permutation(len(grid) - 1) + 1
-    chosen = [0, *sorted(drawn[: tries - 1].tolist())]
-    return [
-        _point_of(contestant, number, dict(zip(keys, grid[place], strict=True)))
-        for number, place in enumerate(chosen)
-    ]
-
-
-def _point_of(contestant: Contestant, number: int, settings: Mapping[str, Any]) -> MethodPoint:
-    every = {**contestant.set, **settings}
-    own = {key: value for key, value in every.items() if key not in SCALES}
-    recipe: dict[str, Any] = laid_over({"method": contestant.method}, own)
-    if not METHODS[contestant.method].adds_vectors(recipe.get("transforms", ())):
-        return MethodPoint(number, settings, None, recipe)
-    alpha, beta = (float(every.get(key, USUAL_SCALES[key])) for key in SCALES)
-    betas = contestant.search.get("scales.retain", [beta])
-    recipe["scales"] = {"retain": float(max(betas))}  # 0: no second vector is made for any of its points
-    return MethodPoint(number, settings, (alpha, beta), recipe)
+    points = []
+    for number, place in enumerate([0, *sorted(drawn[: tries - 1].tolist())]):
+        settings, scales = dict(zip(keys, grid[place], strict=True)), None
+        every = {**contestant.set, **settings}
+        own = {key: value for key, value in every.items() if key not in USUAL_SCALES}
+        recipe: dict[str, Any] = laid_over({"method": contestant.method}, own)
+        if METHODS[contestant.method].adds_vectors(recipe.get("transforms", ())):
+            alpha, beta = (float(every.get(key, usual)) for key, usual in USUAL_SCALES.items())
+            betas = contestant.search.get("scales.retain", [beta])
+            recipe["scales"] = {"retain": float(max(betas))}  # 0: none of its points has a second vector
+            scales = alpha, beta
+        points.append(MethodPoint(number, settings, scales, recipe))
+    return points
 
 
 def recipe_of(

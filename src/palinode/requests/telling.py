@@ -100,17 +100,8 @@ def requests_grid(
         )
         late = now.waits(request) and request.due < today
         due = GridCell(request.due.isoformat(), tone="bad" if late else None)
-        rows.append(
-            [
-                request.id,
-                request.reference,
-                request.received.isoformat(),
-                due,
-                str(request.rows),
-                now.state(request),
-                told or "",
-            ]
-        )
+        known = [request.id, request.reference, request.received.isoformat()]
+        rows.append([*known, due, str(request.rows), now.state(request), told or ""])
     names = ["request", "reference", "received", "due", "rows", "state", "verdict"]
     return Grid("", names, rows, text_columns=7)
 

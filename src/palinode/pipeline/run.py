@@ -369,7 +369,7 @@ class _Unlearning(Making):
         if not self.inputs.rows.unseen:  # which might tell of another yardstick
             record, outcomes = self._judged(before, None, located)
             if self._is_no_result(record):
-                return self._without_result(record, outcomes)
+                return self._finished(record, outcomes, None)
         made = self.make(target)
         models = present(
             target=target,
@@ -379,10 +379,7 @@ class _Unlearning(Making):
             retrained=retrained,
         )
         record, outcomes = self._judged(models, made, located)
-        if self._is_no_result(record):
-            return self._without_result(record, outcomes)
-        output, report = self._publish(made.model, record, outcomes)
-        return Unlearned(output, record, outcomes, finished_before=False, report=report)
+        return self._finished(record, outcomes, None if self._is_no_result(record) else made.model)
 
     def _is_no_result(self, record: Mapping[str, Any]) -> bool:
         """Tell whether no folder is to be written; a given α is an order, even with nothing to forget."""
@@ -455,11 +452,24 @@ class _Unlearning(Making):
             "notes": [*inputs.notes, *_notes(inputs, chosen, training)],
         }
 
-    def _without_result(self, record: Mapping[str, Any], outcomes: Outcomes) -> Unlearned:
-        """Leave a report in the workspace, and no folder that looks like a result."""
-        report = full_report(record, self.workspace.folder)
-        write_reports(Facts("unlearn", record, outcomes=in_order(outcomes), texts=True), report)
-        return Unlearned(None, record, outcomes, finished_before=False, report=report)
+    def _finished(self, record: Mapping[str, Any], outcomes: Outcomes, model: Checkpoint | None) -> Unlearned:
+        """Leave the report with sample answers in the workspace, and give the model's folder its final name.
+
+        Record and reports are put beside the weights before that. Without a model there is no folder that
+        looks like a result.
+        """
+        report, output = full_report(record, self.workspace.folder), None
+        facts = Facts("unlearn", record, outcomes=in_order(outcomes), texts=True)
+        if model is None:
+            write_reports(facts, report)
+        else:
+            refresh(replace(facts, elsewhere=str(report)), model.folder)
+            output = Path(self.recipe.output.folder)
+            with shared():
+                output.parent.mkdir(parents=True, exist_ok=True)
+                share(model.folder)
+            move_folder(model.folder, output.resolve())  # a link is no place to rename to
+        return Unlearned(output, record, outcomes, finished_before=False, report=report)
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
@@ -501,23 +511,6 @@ class _Unlearning(Making):
             prompts=self.recipe.prompts.model_dump(),
             tokenizer=tokenizer_fingerprint(self.inputs.reader),
         )
-
-    def _publish(self, model: Checkpoint, record: Mapping[str, Any], outcomes: Outcomes) -> tuple[Path, Path]:
-        """Put record and reports beside the weights, then give the folder its final name.
-
-        Returns it, and where the report with sample answers lies.
-        """
-        report = full_report(record, self.workspace.folder)
-        facts = Facts(
-            "unlearn", record, outcomes=in_order(outcomes), texts=bool(outcomes), elsewhere=str(report)
-        )
-        refresh(facts, model.folder)
-        output = Path(self.recipe.output.folder)
-        with shared():
-            output.parent.mkdir(parents=True, exist_ok=True)
-            share(model.folder)
-        move_folder(model.folder, output.resolve())  # a link is no place to rename to
-        return output, report
 
 
 def move_folder(folder: Path, output: Path) -> None:

@@ -197,7 +197,8 @@ def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
             "squares, of a target and a base that are there; name these, or leave --measure out"
         )
     with workspace.locked(listener):
-        return rehearse(inputs, workspace, listener or NullListener(), step)
+        found = partial(rehearse, inputs, workspace, listener or NullListener(), step)
+        return Forecast(**step.once(lambda: asdict(found())))
 
 
 def unlearn(

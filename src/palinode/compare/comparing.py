@@ -466,11 +466,8 @@ def describe_plan(planned: dict[str, Any]) -> list[str]:
         f"to train on, {rows['retain_test']} measured"
     ]
     for entry in planned["contestants"]:
-        what = (
-            f"{entry['epochs']} epochs, {entry['steps']} steps"
-            if entry["epochs"]
-            else "epochs as the budget of seconds buys"
-        )
+        known = f"{entry['epochs']} epochs, {entry['steps']} steps"
+        what = known if entry["epochs"] else "epochs as the budget of seconds buys"
         models = f"{entry['models']} model{'s' if entry['models'] > 1 else ''}"
         points = f"{entry['points']} points in {entry['trainings']} trainings of {models}"
         lines.append(f"{entry['name']} ({entry['method']}): {points}, {what}")

@@ -433,10 +433,8 @@ class _Examination:
         say = partial(self.say, "rows", "prompts")
         needs = 5 * target.parameters  # float32, and some for what passes through it
         if needs > free:
-            say(
-                "note",
-                f"not tried: the target takes {size_text(needs)} {where}, and {size_text(free)} are free",
-            )
+            takes = f"the target takes {size_text(needs)} {where}, and {size_text(free)} are free"
+            say("note", f"not tried: {takes}")
             return
         with self.listener.task("asking the target in other ways", 1, "pass") as advance:
             check = partial(check_target, target, asked, style, max_length=length, device=device)
@@ -469,10 +467,8 @@ class _Examination:
             text, fix = "something fails", "mend what fails and call again"
         elif self.lacking:
             named = [{"forget": "forget set"}.get(name, name) for name in self.lacking]
-            text, fix = (
-                f"there is no {' and no '.join(named)}",
-                f"name it with --{' and --'.join(self.lacking)}",
-            )
+            text = f"there is no {' and no '.join(named)}"
+            fix = f"name it with --{' and --'.join(self.lacking)}"
         else:
             text, fix = "a model is not on this machine", "fetch it and call again"
         self.say("run", "pre-flight", "note", f"not gone through: {text}", fix)

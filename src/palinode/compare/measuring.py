@@ -123,13 +123,9 @@ def make_gauge(recipe: CompareRecipe, shares: InputRows, unseen: Sequence[Exampl
         limits = part.model_dump(include={"max_rows", "max_new_tokens"}, exclude_none=True)
         settings = EvaluationSettings(split=part.split, options=part.options, seed=seed, **limits)
         exams.append(open_benchmark(BENCHMARKS[part.name], Places(part.data), settings, part.rows))
-    return Gauge(
-        [replace(exam, without=_WITHOUT) for exam in exams],
-        measure,
-        at_most(shares.forget, BUDGETS["quick"].max_rows, seed=seed) if measure.relearning else [],
-        recipe.shared.device,
-        seed,
-    )
+    exams = [replace(exam, without=_WITHOUT) for exam in exams]
+    learned = at_most(shares.forget, BUDGETS["quick"].max_rows, seed=seed) if measure.relearning else []
+    return Gauge(exams, measure, learned, recipe.shared.device, seed)
 
 
 def measure_model(
@@ -220,13 +216,8 @@ def _relearned(gauge: Gauge, checkpoint: Checkpoint, label: str, listener: Liste
         listener=listener,
     )
     learned, held_out = divide(gauge.relearn, seed=gauge.seed)
-    budget = BUDGETS["quick"].model_copy(
-        update={
-            "relearn_rate": gauge.measure.relearn_rate,
-            "max_length": own.asking.max_length,
-            "batch_rows": own.asking.batch_rows,
-        }
-    )
+    limits = {"max_length": own.asking.max_length, "batch_rows": own.asking.batch_rows}
+    budget = BUDGETS["quick"].model_copy(update={**limits, "relearn_rate": gauge.measure.relearn_rate})
     try:
         found = relearn(subject, learned, held_out, budget, label="relearning part of the forget set")
     except DivergenceError as error:

@@ -610,13 +610,9 @@ def grouped(
     trials: Trials, centre: TriedScales, parts: Sequence[Sequence[str]], count: int, seed: int
 ) -> Iterator[TriedScales]:
     """Yield points at the centre's (α, β) where optuna gives each group of layers its own factor."""
-    ranges = {str(group): FACTORS for group in range(len(parts))}
+    ranges, starts = {str(group): FACTORS for group in range(len(parts))}, [[1.0] * len(parts)]
     return suggested(
-        lambda *factors: trials.with_factors(centre, parts, factors),
-        ranges,
-        [[1.0] * len(parts)],
-        count,
-        seed,
+        lambda *factors: trials.with_factors(centre, parts, factors), ranges, starts, count, seed
     )
 
 

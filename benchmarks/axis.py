@@ -20,8 +20,9 @@ from typing import Any
 import palinode
 from palinode.compare.comparing import plan_comparison
 from palinode.compare.comparison_recipe import CompareRecipe, build_comparison
-from palinode.pipeline.recipe import read_recipe, set_key
+from palinode.pipeline.recipe import set_key
 from palinode.report.words import interval_text, number
+from palinode.settings import read_settings
 
 
 def at(content: Mapping[str, Any], key: str, text: str) -> CompareRecipe:
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("key")
     parser.add_argument("values", nargs="+")
     args = parser.parse_args()
-    content = read_recipe(args.recipe)
+    content = read_settings(args.recipe, "recipe")
     comparisons = {value: at(content, args.key, value) for value in args.values}
     for comparison in comparisons.values():
         plan_comparison(comparison)  # all are checked before the first is begun

@@ -56,7 +56,7 @@ from palinode.pipeline.audit_run import AuditPlan, audit
 from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.inputs import open_inputs, workspace_folder
 from palinode.pipeline.recipe import load_recipe
-from palinode.pipeline.transforming import Measuring, MomentFiles, project
+from palinode.pipeline.transforming import MomentFiles, Transforming, project
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import NullListener
 from palinode.settings import AuditSettings
@@ -355,7 +355,7 @@ class Trial:
 
     def projected(self, vector: Direction, energy: float, folder: Path) -> Direction:
         """Take from a vector what acts on the principal axes of all spared rows' inputs, at the target."""
-        measuring = Measuring(self.inputs, self.workspace, NullListener(), self.target)
+        measuring = Transforming(self.inputs, self.workspace, NullListener(), self.target)
         kept = MomentFiles(measuring.of_checkpoint(self.target, self.inputs.rows.spared))
         return transform([vector], project(kept, energy=energy, others="drop"), folder, label=f"off {energy}")
 

@@ -158,7 +158,7 @@ def study(case: Case, wanted: Sequence[str]) -> dict[str, Any]:
     probes = Probes(case.inputs, case.target, case.folder / "probes.json")
     retrained = case.inputs.retrained
     assert retrained is not None
-    known = probes.of_checkpoint("retrained", retrained, ["forget", "retain"])
+    known = probes.of_point("retrained", retrained, ["forget", "retain"])
     truth = estimate_yardstick(known["forget"])
     chosen = {way: choose(case, way, truth) for way in wanted}
     measured = json.loads((case.folder / "probes.json").read_text(encoding="utf-8"))

@@ -359,6 +359,11 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from dotted(value, f"{prefix}{key}.")
 
 
+def plain_scores(scores: Mapping[str, Mapping[str, Score]]) -> dict[str, dict[str, Any]]:
+    """Return scores by set and metric as records hold them."""
+    return {name: {metric: asdict(score) for metric, score in own.items()} for name, own in scores.items()}
+
+
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """Write outcomes as JSON lines, one a line, in the order given."""
     lines = (json.dumps(asdict(outcome), ensure_ascii=False, allow_nan=False) for outcome in outcomes)

@@ -167,7 +167,7 @@ def test_model_trained_at_the_base_is_probed_as_it_is_saved(content, tiny, tmp_p
     ground = open_ground(recipe, Workspace(recipe.workspace), NullListener())
     points = check_comparison(recipe)["NPO"]
     inputs = part_of(ground, recipe.comparison.contestants[0], points, 0).inputs
-    found = Probes(inputs, tiny.target, tmp_path / "probes.json").of_checkpoint("made", Checkpoint.open(made))
+    found = Probes(inputs, tiny.target, tmp_path / "probes.json").of_point("made", Checkpoint.open(made))
     asked = Behaviour.of(found).probabilities
     assert point["forget_probability"] == pytest.approx(asked["forget"], abs=1e-6)
     assert point["retain_probability"] == pytest.approx(asked["retain"], abs=1e-6)
@@ -416,7 +416,7 @@ def test_rows_that_preparation_left_out_are_the_holdout_rows(content):
     recipe = build_comparison(prepared)
     inputs = open_inputs(recipe.shared)
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
-    ground = Ground(recipe, inputs, inputs.earlier, None, shares, Workspace(recipe.workspace), Heard())
+    ground = Ground(recipe, inputs, shares, Workspace(recipe.workspace), Heard())
     asked = make_gauge(recipe, shares, ground.left_over).exams[0]
     unseen = {question.example.key for question in asked.sets["holdout"].questions}
     assert len(unseen) == 40  # evaluation.max_rows

@@ -30,9 +30,9 @@ from palinode.cli.console import (
 )
 from palinode.cli.options import keys, lengths_alike, takes
 from palinode.errors import RecipeError, meant
-from palinode.pipeline.recipe import laid_over, named, read_recipe
+from palinode.pipeline.recipe import laid_over, named
 from palinode.records import Score
-from palinode.settings import AuditSettings, EvaluationSettings
+from palinode.settings import AuditSettings, EvaluationSettings, read_settings
 
 if TYPE_CHECKING:
     from palinode.pipeline.doctor import DoctorFinding
@@ -55,7 +55,7 @@ def doctor(told: dict[str, Any], *, recipe: Path | None = None, changes: list[st
     from palinode.pipeline.doctor import examine_equipment, examine_run
 
     lengths_alike(told)
-    content = laid_over(read_recipe(recipe) if recipe else {}, told)
+    content = laid_over(read_settings(recipe, "recipe") if recipe else {}, told)
     place = content.get("output", {}).get("folder") or "."
     findings = [*examine_equipment(Path(place))]
     if changes or any(content.get(key) for key in ("models", "data", "output", "tracker")):

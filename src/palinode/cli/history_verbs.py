@@ -28,11 +28,10 @@ from palinode.pipeline.recipe import (
     laid_over,
     prompt_style,
     read_prompts,
-    read_recipe,
     with_changes,
 )
 from palinode.records import dotted, workspace_beside, write_text
-from palinode.settings import InfluenceSettings, LocateSettings
+from palinode.settings import InfluenceSettings, LocateSettings, read_settings
 
 ANYWHERE = ("data.columns", "models.allow_pickle", "device", "seed", "training.max_length", "evaluation.max_")
 """Keys of a recipe that are read whatever is asked."""
@@ -130,7 +129,7 @@ def influence(
         "listener": listener(),
     }
     lengths_alike(content)
-    content = laid_over(read_recipe(settings.recipe), content) if settings.recipe else content
+    content = laid_over(read_settings(settings.recipe, "recipe"), content) if settings.recipe else content
     taken = bool(settings.recipe) or "forget" in content.get("data", ())
     if settings.then or taken:
         content = with_changes(content, changes or ())

@@ -52,14 +52,7 @@ from palinode.models.loading import pick_device
 from palinode.pipeline.demo_run import one_thread
 from palinode.pipeline.finetuning import FineTuning
 from palinode.pipeline.goal import Behaviour, Goal, best
-from palinode.pipeline.inputs import (
-    InputRows,
-    ask_as_trained,
-    check_folder,
-    check_workspace,
-    open_inputs,
-    present,
-)
+from palinode.pipeline.inputs import InputRows, ask_as_trained, check_folder, check_workspace, open_inputs
 from palinode.pipeline.recipe import laid_over, named
 from palinode.pipeline.reporting import environment, heading
 from palinode.pipeline.run import Making
@@ -136,7 +129,7 @@ def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
     }
     for drawn in points.values():
         for point in drawn:
-            recipe_of(recipe.content, point, {"target": "."}, epochs=1, seed=comparison.seeds[0])
+            recipe_of(recipe.content, point, seed=comparison.seeds[0])
     return points
 
 
@@ -159,8 +152,9 @@ def open_ground(recipe: CompareRecipe, workspace: Workspace, listener: Listener)
     check_workspace(recipe.workspace, [output, *others], needs=needs)
     inputs = ask_as_trained(inputs, workspace, listener)
     target, retrained = FineTuning(inputs, workspace, listener).given_or_prepared()
+    inputs = replace(inputs, target=target, retrained=retrained)
     shares = divide_comparison(recipe, inputs.rows.forget, inputs.rows.retain)
-    return Ground(recipe, inputs, target, retrained, shares, workspace, listener)
+    return Ground(recipe, inputs, shares, workspace, listener)
 
 
 def divide_comparison(recipe: CompareRecipe, forget: Sequence[Any], retain: Sequence[Any]) -> InputRows:
@@ -217,9 +211,8 @@ class _Comparison:
     def _measure_fixed(self) -> dict[str, Mapping[str, Any]]:
         """Return the measurements of retrained model, base and target; the first is the others' reference."""
         ground = self.ground
-        given = present(retrained=ground.retrained, base=ground.base, target=ground.target)
         found = {}
-        for name, checkpoint in given.items():
+        for name, checkpoint in reversed(ground.inputs.models.items()):
             itself = name == "retrained"
             step = self._measure_step({"model": checkpoint.fingerprint(), "itself": itself})
             found[name] = measure_model(
@@ -232,20 +225,16 @@ class _Comparison:
         """Return what points are judged by, and what the models that do not change make of the probe rows."""
         ground, choose = self.ground, self.comparison.choose
         point = next(iter(self.points.values()))[0]
-        target = {"target": str(ground.target.folder)}
-        recipe = recipe_of(self.recipe.content, point, target, epochs=1, seed=self.comparison.seed)
-        given = ground.inputs.rows
-        own = rows_for(recipe, ground.shares)
+        own = rows_for(recipe_of(self.recipe.content, point, seed=self.comparison.seed), ground.shares)
+        given, models = ground.inputs.rows, ground.inputs.models
         rows = replace(own, unseen=given.unseen, unseen_source=given.unseen_source)
-        models = present(base=ground.base, target=ground.target, retrained=ground.retrained)
         prints = {name: checkpoint.fingerprint() for name, checkpoint in models.items()}
         parts = (rows.forget_probe, rows.retain_probe, rows.unseen)
         asked_rows = [fingerprint_examples(part) for part in parts]
         step = ground.workspace.step("goal", models=prints, rows=asked_rows, data=self.gauge.key())
         step.begin()
-        inputs = replace(ground.inputs, target=ground.target, rows=rows)
-        probes = Probes(inputs, ground.target, step.folder / "probes.json")
-        asked = {name: probes.of_checkpoint(name, checkpoint) for name, checkpoint in models.items()}
+        probes = Probes(replace(ground.inputs, rows=rows), ground.target, step.folder / "probes.json")
+        asked = {name: probes.of_point(name, checkpoint) for name, checkpoint in models.items()}
         truth = None
         if choose.floor == "retrained":
             truth = replace(estimate_yardstick(asked["retrained"]["forget"]), source="retrained")
@@ -298,14 +287,10 @@ class _Comparison:
         step = self._measure_step({"part": dict(part.key), "scales": chosen.point.scales})
         if step.facts is None:
             train_part(ground, part)
-            recipe = recipe_of(
-                self.recipe.content,
-                chosen.point,
-                {"target": str(ground.target.folder)},
-                epochs=part.recipe.training.epochs,
-                seed=part.recipe.seed,
-                final=True,
-            )
+            recipe = part.recipe
+            if chosen.point.scales:
+                scales = recipe.scales.model_copy(update={"retain": chosen.point.scales[1]})
+                recipe = recipe.model_copy(update={"scales": scales})
             inputs = replace(part.inputs, recipe=recipe)
             made = Making(inputs, ground.workspace, ground.listener).make(ground.target)
             label = f"{part.contestant.name}, seed {part.recipe.seed}"
@@ -318,19 +303,19 @@ class _Comparison:
         return {**(step.facts or {}), "cost": cost}
 
     def _measure_step(self, model: Mapping[str, Any]) -> Step:
-        retrained = self.ground.retrained
+        retrained = self.ground.inputs.retrained
         reference = retrained.fingerprint() if retrained else None
         return self.ground.workspace.step(
             "measure", subject=dict(model), gauge=self.gauge.key(), reference=reference
         )
 
     def _table(
-        self,
-        fixed: Mapping[str, Mapping[str, Any]],
-        entries: Sequence[Mapping[str, Any]],
+        self, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """Return the content of table.json for the contestants that are through."""
         shared, shares = self.recipe.shared, self.ground.shares
+        names = ("forget", "forget_probe", "forget_test", "retain", "retain_probe", "retain_test")
+        rows = {"retain_train" if name == "retain" else name: getattr(shares, name) for name in names}
         return {
             **heading(TABLE_VERSION, started=self.started, verb="compare"),
             "complete": len(entries) == len(self.comparison.contestants),
@@ -341,14 +326,7 @@ class _Comparison:
             "rule": str(self.goal),
             "rows": {
                 name: {"rows": len(rows), "fingerprint": fingerprint_examples(rows)}
-                for name, rows in {
-                    "forget": shares.forget,
-                    "forget_probe": shares.forget_probe,
-                    "forget_test": shares.forget_test,
-                    "retain_train": shares.retain,
-                    "retain_probe": shares.retain_probe,
-                    "retain_test": shares.retain_test,
-                }.items()
+                for name, rows in rows.items()
             },
             "models": {
                 name: {
@@ -400,9 +378,8 @@ def _summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _over_seeds(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    missing = next((score["reason"] for score in scores if score["value"] is None), None)
-    if missing is not None or any(score["value"] is None for score in scores):
-        return {"value": None, "n": 0, "low": None, "high": None, "reason": missing, "seeds": []}
+    if missing := [score["reason"] for score in scores if score["value"] is None]:
+        return {"value": None, "n": 0, "low": None, "high": None, "reason": missing[0], "seeds": []}
     values = [float(score["value"]) for score in scores]
     return {
         "value": fmean(values),
@@ -421,9 +398,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _ranking(
-    comparison: ComparisonRecipe,
-    fixed: Mapping[str, Mapping[str, Any]],
-    entries: Sequence[Mapping[str, Any]],
+    comparison: ComparisonRecipe, fixed: Mapping[str, Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the contestants by their gap to the ideal, or why there is no order."""
     metric, retrained = comparison.measure.rank_by, fixed.get("retrained")
@@ -453,7 +428,7 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     for contestant in comparison.contestants:
         drawn = points[contestant.name]
         groups = {point.training for point in drawn}
-        first = recipe_of(recipe.content, drawn[0], {"target": "."}, epochs=1, seed=comparison.seeds[0])
+        first = recipe_of(recipe.content, drawn[0], seed=comparison.seeds[0])
         each, epochs, steps = steps_an_epoch(first, rows_for(first, shares)), None, None
         if comparison.budget.steps is not None:
             epochs = epochs_for(comparison.budget, each, contestant.name)
@@ -491,11 +466,8 @@ def describe_plan(planned: dict[str, Any]) -> list[str]:
         f"to train on, {rows['retain_test']} measured"
     ]
     for entry in planned["contestants"]:
-        what = (
-            f"{entry['epochs']} epochs, {entry['steps']} steps"
-            if entry["epochs"]
-            else "epochs as the budget of seconds buys"
-        )
+        known = f"{entry['epochs']} epochs, {entry['steps']} steps"
+        what = known if entry["epochs"] else "epochs as the budget of seconds buys"
         models = f"{entry['models']} model{'s' if entry['models'] > 1 else ''}"
         points = f"{entry['points']} points in {entry['trainings']} trainings of {models}"
         lines.append(f"{entry['name']} ({entry['method']}): {points}, {what}")

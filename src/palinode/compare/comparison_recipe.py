@@ -33,12 +33,11 @@ from palinode.pipeline.recipe import (
     build_recipe,
     checked_settings,
     known_keys,
-    read_recipe,
     with_changes,
 )
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener
-from palinode.settings import MAX_SEED, Seed, StrictModel
+from palinode.settings import MAX_SEED, Seed, StrictModel, read_settings
 
 SHARED = ("device", "models", "data", "training", "evaluation", "prompts", "output", "prepare")
 """Keys of a run's recipe that all contestants share."""
@@ -245,7 +244,7 @@ class CompareRecipe:
 
 def load_comparison(path: Path, changes: Sequence[str] = ()) -> CompareRecipe:
     """Read a TOML recipe of a comparison and apply `key=value` changes. Raises RecipeError."""
-    return build_comparison(read_recipe(path), changes)
+    return build_comparison(read_settings(path, "recipe"), changes)
 
 
 def build_comparison(content: Mapping[str, Any], changes: Sequence[str] = ()) -> CompareRecipe:

@@ -34,14 +34,13 @@ from palinode.methods.method import read_refusals
 from palinode.models.loading import pick_device, tokenizer_fingerprint
 from palinode.pipeline.finetuning import FineTuning, Trained
 from palinode.pipeline.goal import Behaviour, Goal, best
-from palinode.pipeline.inputs import InputRows, Inputs, given_to, present
+from palinode.pipeline.inputs import InputRows, Inputs, given_to
 from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
 from palinode.pipeline.search import Probes
 from palinode.pipeline.workspace import Step, Workspace
 from palinode.progress import Listener
 from palinode.weights import Checkpoint
 
-SCALES = ("scales.forget", "scales.retain")
 USUAL_SCALES = {"scales.forget": 1.0, "scales.retain": 0.0}
 """Scales that are neither fixed nor searched: the paper's α, and forget-only."""
 
@@ -78,56 +77,49 @@ def draw_points(contestant: Contestant, tries: int, *, seed: int) -> list[Method
             "contestant has the same number, so give it more values or lower tries"
         )
     drawn = np.random.default_rng([seed, *contestant.name.encode()]).permutation(len(grid) - 1) + 1
-    chosen = [0, *sorted(drawn[: tries - 1].tolist())]
-    return [
-        _point_of(contestant, number, dict(zip(keys, grid[place], strict=True)))
-        for number, place in enumerate(chosen)
-    ]
-
-
-def _point_of(contestant: Contestant, number: int, settings: Mapping[str, Any]) -> MethodPoint:
-    every = {**contestant.set, **settings}
-    own = {key: value for key, value in every.items() if key not in SCALES}
-    recipe: dict[str, Any] = laid_over({"method": contestant.method}, own)
-    if not METHODS[contestant.method].adds_vectors(recipe.get("transforms", ())):
-        return MethodPoint(number, settings, None, recipe)
-    alpha, beta = (float(every.get(key, USUAL_SCALES[key])) for key in SCALES)
-    betas = contestant.search.get("scales.retain", [beta])
-    recipe["scales"] = {"retain": float(max(betas))}  # 0: no second vector is made for any of its points
-    return MethodPoint(number, settings, (alpha, beta), recipe)
+    points = []
+    for number, place in enumerate([0, *sorted(drawn[: tries - 1].tolist())]):
+        settings, scales = dict(zip(keys, grid[place], strict=True)), None
+        every = {**contestant.set, **settings}
+        own = {key: value for key, value in every.items() if key not in USUAL_SCALES}
+        recipe: dict[str, Any] = laid_over({"method": contestant.method}, own)
+        if METHODS[contestant.method].adds_vectors(recipe.get("transforms", ())):
+            alpha, beta = (float(every.get(key, usual)) for key, usual in USUAL_SCALES.items())
+            betas = contestant.search.get("scales.retain", [beta])
+            recipe["scales"] = {"retain": float(max(betas))}  # 0: none of its points has a second vector
+            scales = alpha, beta
+        points.append(MethodPoint(number, settings, scales, recipe))
+    return points
 
 
 def recipe_of(
     content: Mapping[str, Any],
     point: MethodPoint,
-    models: Mapping[str, str],
+    models: Mapping[str, str] | None = None,
     *,
-    epochs: int,
+    epochs: int = 1,
     seed: int,
-    final: bool = False,
 ) -> Recipe:
-    """Return a run's recipe for a point, over the shared content; `final` sets its scales.
+    """Return a run's recipe for a point, over the shared content; without models to look at its settings.
 
-    Raises RecipeError where the point's settings cannot be.
+    Raises RecipeError where these cannot be.
     """
     built = {key: copy.deepcopy(value) for key, value in content.items() if key != "prepare"}
     built |= {"method": point.recipe["method"], "seed": seed}
-    built["models"] = {**built["models"], **models}
+    built["models"] = {**built["models"], **({"target": "."} if models is None else models)}
     built["method_settings"] = dict(point.recipe.get("method_settings", {}))
     training = laid_over(built.get("training", {}), point.recipe.get("training", {}))
     built["training"] = training | {"epochs": epochs}
     built |= {"transforms": point.recipe.get("transforms", []), "filter": "none"}
     if point.scales:
-        alpha, beta = point.scales
-        own = {"retain": beta} if final else point.recipe["scales"]
-        built["scales"] = {**own, "forget": alpha}
+        built["scales"] = {**point.recipe["scales"], "forget": point.scales[0]}
     return build_recipe(built)
 
 
 def steps_an_epoch(recipe: Recipe, rows: InputRows) -> list[int]:
     """Return the optimiser steps of one epoch, of each run that the method takes for one unlearned model."""
     method, training, data = METHODS[recipe.method], recipe.training, recipe.data
-    refusals = read_refusals(data.refusals) if data.refusals else ()
+    refusals = read_refusals(data.refusals)
     settings = method.check_settings(recipe.method_settings)
     return [
         math.ceil(math.ceil(len(run.anchors) / training.batch_size) / training.accumulation)
@@ -178,17 +170,16 @@ class Ground:
     recipe: CompareRecipe
     inputs: Inputs
     """Of the shared recipe, its target and retrained model made."""
-    target: Checkpoint
-    retrained: Checkpoint | None
     shares: InputRows
     """The rows divided: to train on, to choose on, to measure."""
     workspace: Workspace
     listener: Listener
 
     @property
-    def base(self) -> Checkpoint:
-        """θ_0."""
-        return self.inputs.earlier
+    def target(self) -> Checkpoint:
+        """θ_D."""
+        assert self.inputs.target is not None
+        return self.inputs.target
 
     @property
     def left_over(self) -> Sequence[Example]:
@@ -265,11 +256,8 @@ class ComparisonSearch:
                     asked = probes.of_point(f"{alpha},{beta}", taken)
                 step.finish({"logprobs": asked, **cost})
             folder.finish({})
-        tried = []
-        for point, step in steps:
-            facts = step.facts
-            assert facts is not None
-            tried.append(Tried(point, Behaviour.of(facts["logprobs"]), self.goal, facts))
+        told = [(point, step.facts or {}) for point, step in steps]
+        tried = [Tried(point, Behaviour.of(facts["logprobs"]), self.goal, facts) for point, facts in told]
         return tried, tuple(tried[0].facts["keys"])
 
     def finish(self, part: SearchPart) -> None:
@@ -307,17 +295,12 @@ def part_of(
     epochs: int | None = None,
 ) -> SearchPart:
     """Return the training that these points share; its epochs follow from the budget unless given."""
-    given = present(target=ground.target, retrained=ground.retrained)
-    models = {name: str(model.folder) for name, model in given.items()}
+    models = {name: str(model.folder) for name, model in ground.inputs.models.items() if name != "base"}
     content = ground.recipe.content
-    epochs = epochs or _epochs(
-        ground, contestant, points[0], recipe_of(content, points[0], models, epochs=1, seed=seed)
-    )
+    epochs = epochs or _epochs(ground, contestant, points[0], recipe_of(content, points[0], seed=seed))
     recipe = recipe_of(content, points[0], models, epochs=epochs, seed=seed)
     rows = rows_for(recipe, ground.shares)
-    inputs = replace(
-        ground.inputs, recipe=recipe, target=ground.target, retrained=ground.retrained, rows=rows
-    )
+    inputs = replace(ground.inputs, recipe=recipe, rows=rows)
     key = {
         "method": recipe.method,
         "settings": recipe.method_settings,
@@ -330,17 +313,14 @@ def part_of(
         "device": pick_device(recipe.device).type,
         "max_length": recipe.evaluation.max_length,
         "target": ground.target.fingerprint(),
-        "base": ground.base.fingerprint(),
+        "base": inputs.earlier.fingerprint(),
         "tokenizer": tokenizer_fingerprint(ground.inputs.reader),
         "rows": {
-            name: fingerprint_examples(examples)
-            for name, examples in (
-                ("forget", rows.forget),
-                ("retain", rows.retain),
-                ("sample", rows.retain_sample),
-                ("forget probe", rows.forget_probe),
-                ("retain probe", rows.retain_probe),
-            )
+            "forget": fingerprint_examples(rows.forget),
+            "retain": fingerprint_examples(rows.retain),
+            "sample": fingerprint_examples(rows.retain_sample),
+            "forget probe": fingerprint_examples(rows.forget_probe),
+            "retain probe": fingerprint_examples(rows.retain_probe),
         },
         "refusals": list(ground.inputs.refusals),
     }

@@ -52,7 +52,7 @@ from palinode.models.loading import load_tokenizer, pick_device
 from palinode.pipeline.inputs import InputRows
 from palinode.pipeline.workspace import Step, fingerprint
 from palinode.progress import Listener
-from palinode.records import Score, read_outcomes, write_outcomes
+from palinode.records import Score, plain_scores, read_outcomes, write_outcomes
 from palinode.settings import EvaluationSettings
 from palinode.weights import Checkpoint
 
@@ -123,13 +123,9 @@ def make_gauge(recipe: CompareRecipe, shares: InputRows, unseen: Sequence[Exampl
         limits = part.model_dump(include={"max_rows", "max_new_tokens"}, exclude_none=True)
         settings = EvaluationSettings(split=part.split, options=part.options, seed=seed, **limits)
         exams.append(open_benchmark(BENCHMARKS[part.name], Places(part.data), settings, part.rows))
-    return Gauge(
-        [replace(exam, without=_WITHOUT) for exam in exams],
-        measure,
-        at_most(shares.forget, BUDGETS["quick"].max_rows, seed=seed) if measure.relearning else [],
-        recipe.shared.device,
-        seed,
-    )
+    exams = [replace(exam, without=_WITHOUT) for exam in exams]
+    learned = at_most(shares.forget, BUDGETS["quick"].max_rows, seed=seed) if measure.relearning else []
+    return Gauge(exams, measure, learned, recipe.shared.device, seed)
 
 
 def measure_model(
@@ -166,10 +162,7 @@ def measure_model(
             kept = {name: list(read_outcomes(file)) for name, file in files.items()}
             theirs = Reference("retrained", kept)
         measured = judged(judge, Measured(exam, outcomes, theirs), listener)
-        scores[exam.name] = {
-            name: {metric: asdict(score) for metric, score in group.items()}
-            for name, group in score_cells(measured).items()
-        }
+        scores[exam.name] = plain_scores(score_cells(measured))
         if exam.name == OWN_ROWS:
             by_row = METRICS[gauge.measure.rank_by].per_example
             values = {name: by_row(outcomes[name]) for name in ("forget", "retain")}
@@ -223,13 +216,8 @@ def _relearned(gauge: Gauge, checkpoint: Checkpoint, label: str, listener: Liste
         listener=listener,
     )
     learned, held_out = divide(gauge.relearn, seed=gauge.seed)
-    budget = BUDGETS["quick"].model_copy(
-        update={
-            "relearn_rate": gauge.measure.relearn_rate,
-            "max_length": own.asking.max_length,
-            "batch_rows": own.asking.batch_rows,
-        }
-    )
+    limits = {"max_length": own.asking.max_length, "batch_rows": own.asking.batch_rows}
+    budget = BUDGETS["quick"].model_copy(update={**limits, "relearn_rate": gauge.measure.relearn_rate})
     try:
         found = relearn(subject, learned, held_out, budget, label="relearning part of the forget set")
     except DivergenceError as error:
@@ -250,9 +238,7 @@ class Values:
     retain: Rows
 
 
-def rank(
-    contestants: Mapping[str, Values], ideal: Values, *, seed: int = 0, resamples: int = RESAMPLES
-) -> list[dict[str, Any]]:
+def rank(contestants: Mapping[str, Values], ideal: Values, *, seed: int = 0) -> list[dict[str, Any]]:
     """Return contestants by their gap, the least first, each with its interval and its equals within noise.
 
     All models have values of the same rows, and all contestants of the same seeds; the ideal has one.
@@ -262,9 +248,9 @@ def rank(
     if not names:
         return []
     counts = {
-        "forget": _resampled(ideal.forget.shape[1], resamples, random),
-        "retain": _resampled(ideal.retain.shape[1], resamples, random),
-        "seeds": _resampled(next(iter(contestants.values())).forget.shape[0], resamples, random),
+        "forget": _resampled(ideal.forget.shape[1], random),
+        "retain": _resampled(ideal.retain.shape[1], random),
+        "seeds": _resampled(next(iter(contestants.values())).forget.shape[0], random),
     }
     best = {name: _gaps(contestants[name], ideal, None)[0] for name in names}
     spread = {name: _gaps(contestants[name], ideal, counts) for name in names}
@@ -303,9 +289,9 @@ def values_of(seeds: Sequence[Mapping[str, Sequence[float | None]]]) -> Values |
     return Values(parts["forget"], parts["retain"])
 
 
-def _resampled(count: int, resamples: int, random: np.random.Generator) -> Rows:
+def _resampled(count: int, random: np.random.Generator) -> Rows:
     """Return how often each of `count` things is drawn, in each resample: [resamples, count]."""
-    return random.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    return random.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
 
 
 def _gaps(model: Values, ideal: Values, counts: Mapping[str, Rows] | None) -> Rows:

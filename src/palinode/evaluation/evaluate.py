@@ -46,6 +46,7 @@ from palinode.records import (
     Score,
     Verdict,
     close_to_others,
+    plain_scores,
     private,
     read_bytes,
     write_json,
@@ -164,9 +165,7 @@ def evaluate_benchmark(
         "against": _model_facts(against),
         "judge": judge.name if judge else None,
         **_exam_facts(exam),
-        "scores": {
-            name: {metric: asdict(score) for metric, score in group.items()} for name, group in scores.items()
-        },
+        "scores": plain_scores(scores),
         "notes": notes,
     }
     found = BenchmarkEvaluated(scores, outcomes, record)

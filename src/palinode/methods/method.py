@@ -355,8 +355,10 @@ def gather(
     return Material(objective.anchor, {role: examples[role] for role in sorted(roles)}, candidates)
 
 
-def read_refusals(location: str | Path) -> list[str]:
-    """Return the refusals of a file: one a line, plain or as a JSON string. Raises DataError."""
+def read_refusals(location: str | Path | None) -> list[str]:
+    """Return the refusals of a file, if any: one a line, plain or as a JSON string. Raises DataError."""
+    if not location:
+        return []
     with told_as(DataError, f"the refusals {location} cannot be read", "name a text file"):
         lines = read_bytes(Path(location).expanduser()).decode("utf-8-sig").splitlines()
     found = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
 from palinode.errors import DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
-from palinode.pipeline.inputs import check_folder, note_on_prompts
+from palinode.pipeline.inputs import check_folder, notes_on_prompts
 from palinode.pipeline.reporting import environment, heading, model_facts, row_facts
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
@@ -102,17 +102,20 @@ class AuditPlan:
         return self.settings.style or PromptStyle()
 
 
-def open_models(plan: AuditPlan) -> dict[str, Checkpoint]:
-    """Return the models of an audit by role; raises InputError for what is unfit."""
+def open_audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> _AuditRun:
+    """Return an audit that can be run, its models opened; raises what `audit` raises before it measures."""
     if unknown := [name for name in plan.attacks if name not in ATTACKS]:
         raise RecipeError(f"there is no attack {', '.join(unknown)}; choose among {', '.join(ATTACKS)}")
     rows = plan.material
     others = {"retain": rows.retain, "holdout": rows.holdout, "lookalikes": rows.lookalikes}
     check_no_forget_rows(rows.forget, others)
-    return {
+    checkpoints = {
         name: Checkpoint.open(location, allow_pickle=plan.settings.allow_pickle)
         for name, location in plan.models.items()
     }
+    check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
+    check_apart(output, (model.folder for model in checkpoints.values()))
+    return _AuditRun(plan, checkpoints, Workspace(output / RESULTS), listener or NullListener())
 
 
 def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> dict[str, Any]:
@@ -131,23 +134,11 @@ def audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) ->
     return record
 
 
-def open_audit(plan: AuditPlan, output: Path, *, listener: Listener | None = None) -> _AuditRun:
-    """Return an audit that can be run, its models opened; raises what `audit` raises before it measures."""
-    checkpoints = open_models(plan)
-    check_folder(output, (RECORD, REPORT, PAGE, RESULTS), "audit")
-    check_apart(output, (model.folder for model in checkpoints.values()))
-    return _AuditRun(plan, checkpoints, Workspace(output / RESULTS), listener or NullListener())
-
-
 class _AuditRun:
     """One audit in progress."""
 
     def __init__(
-        self,
-        plan: AuditPlan,
-        checkpoints: Mapping[str, Checkpoint],
-        workspace: Workspace,
-        listener: Listener,
+        self, plan: AuditPlan, checkpoints: Mapping[str, Checkpoint], workspace: Workspace, listener: Listener
     ) -> None:
         self.plan, self.checkpoints, self.workspace, self.listener = plan, checkpoints, workspace, listener
         self.device = pick_device(plan.settings.device)
@@ -158,7 +149,15 @@ class _AuditRun:
     def record(self) -> dict[str, Any]:
         """Measure every model, compare, and return the record."""
         started, plan = datetime.now(UTC), self.plan
-        notes = self._asked_otherwise()
+        notes = notes_on_prompts(
+            self.checkpoints.get(TARGET),
+            plan.material.forget,
+            plan.style,
+            max_length=plan.policy.budget.max_length,
+            device=plan.settings.device,
+            workspace=self.workspace,
+            listener=self.listener,
+        )
         reasons = plan.reasons()
         runnable = [attack for attack in ATTACKS.values() if attack.name not in reasons]
         facts = {name: self._measured(name, runnable) for name in self.checkpoints}
@@ -198,21 +197,6 @@ class _AuditRun:
             "notes": [*notes, *self._notes(findings)],
             "environment": environment(self.device),
         }
-
-    def _asked_otherwise(self) -> list[str]:
-        """Return a note where the target, trained on the rows, knows them far better asked otherwise."""
-        if TARGET not in self.checkpoints:
-            return []
-        note = note_on_prompts(
-            self.checkpoints[TARGET],
-            self.plan.material.forget,
-            self.plan.style,
-            max_length=self.plan.policy.budget.max_length,
-            device=self.plan.settings.device,
-            workspace=self.workspace,
-            listener=self.listener,
-        )
-        return [note] if note else []
 
     def _measured(self, name: str, attacks: Sequence[Attack]) -> dict[str, Mapping[str, Any]]:
         """Return the facts of every attack on one model, read back where they are there."""
@@ -275,7 +259,14 @@ class _AuditRun:
             notes.append(f"The audited and the {same[0]} model have the same weights.")
         if uneven := _uneven(findings):
             notes.append(NOTES["uneven"].format(aucs=", ".join(uneven)))
-        notes += _beside_forgotten(findings)
+        near = findings.get("neighbours", {}).get(AUDITED, {})
+        changes = {name: found.difference.value for name, found in near.items()}
+        lost = {name: value for name, value in changes.items() if value is not None}
+        if "rest" in lost and min(lost.values()) < lost["rest"] - BESIDE:
+            told = (
+                f"{name} {near[name].score.value:.2f} ({near[name].reference.value:.2f})" for name in lost
+            )
+            notes.append(NOTES["beside"].format(told=", ".join(told)))
         blind = [
             f"{attack}.{test}"
             for attack, models in findings.items()
@@ -285,15 +276,6 @@ class _AuditRun:
         if blind:
             notes.append(NOTES["blind"].format(tests=", ".join(blind)))
         return notes
-
-
-def _beside_forgotten(findings: Mapping[str, Findings]) -> Iterator[str]:
-    """Yield a note where the retain rows nearest to the forget rows lost more than the rest."""
-    found = findings.get("neighbours", {}).get(AUDITED, {})
-    lost = {name: it.difference.value for name, it in found.items() if it.difference.value is not None}
-    if "rest" in lost and min(lost.values()) < lost["rest"] - BESIDE:
-        told = (f"{name} {found[name].score.value:.2f} ({found[name].reference.value:.2f})" for name in lost)
-        yield NOTES["beside"].format(told=", ".join(told))
 
 
 def _uneven(findings: Mapping[str, Findings]) -> list[str]:

@@ -67,11 +67,9 @@ class Chat:
 
     def ask(self, question: str, speaker: Speaker, on_text: Callable[[str], None]) -> str:
         """Return a speaker's answer to a question, which becomes part of its conversation."""
-        if self.form == "completion":
-            said = [Message("prompt", question)]
-        else:
-            said = [*speaker.turns, Message("user", question)]
-        own = [Message("system", self.system)] if self.system and self.form != "completion" else []
+        talks = self.form != "completion"
+        said = [*speaker.turns, Message("user", question)] if talks else [Message("prompt", question)]
+        own = [Message("system", self.system)] if self.system and talks else []
         example = Example(0, "the conversation", self.form, (*own, *said), "")
         answer = stream_answer(
             speaker.model,
@@ -81,7 +79,7 @@ class Chat:
             max_new_tokens=self.length,
             on_text=on_text,
         )
-        if self.form != "completion":
+        if talks:
             speaker.turns = [*said, Message("assistant", answer.strip())]
         return answer
 

@@ -215,6 +215,11 @@ class _Planner:
         self.products = Counter([*self.matrices, head])
         """Shapes of all matrices that a token is multiplied by."""
         self.multiplied = sum(count * prod(shape) for shape, count in self.products.items())
+        self.device = pick_device("cpu" if machine else self.recipe.device)
+        self.on_cpu = machine is None and self.device.type == "cpu"
+        self.itemsize = 2 if machine or self.device.type == "cuda" else 4
+        """Bytes of a weight in a model that is read: a device reads models in their own dtype."""
+        self.narrow = bool(machine) or autocasts(self.recipe.training, self.device, self.parameters)
         self.held = tuple(self._phases())
         self.many = machine.count if machine else 1
         self.readers = 1 if machine and "spread" in self.held[-1].way else self.many
@@ -223,17 +228,12 @@ class _Planner:
             self.memory_rate, self.solve_rate = 0.7 * machine.kind.bandwidth, 0.2 * machine.kind.double
             each = REACHED * machine.kind.arithmetic
             self.train_rate, self.score_rate = each * self.many, each * self.readers
-        else:
-            self._measure_rates()
-
-    def _measure_rates(self) -> None:
-        self.device, training = pick_device(self.recipe.device), self.recipe.training
+            return
         one, other = (torch.ones(1 << 23, device=self.device) for _ in range(2))
         self.memory_rate = 12 * len(one) / usual_seconds(lambda: one.add_(other), self.device)
         lengths = self._tokens(self.inputs.rows.forget[:64])
-        batch = training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
-        narrow = autocasts(training, self.device, self.parameters)
-        self.train_rate = self._rate(batch, torch.bfloat16 if narrow else torch.float32)
+        batch = self.recipe.training.batch_size * max(1, sum(lengths) // max(1, len(lengths)))
+        self.train_rate = self._rate(batch, torch.bfloat16 if self.narrow else torch.float32)
         self.score_rate = self._rate(1024, torch.float32)
         self.solve_rate = self.score_rate / 2  # in float64
 
@@ -270,8 +270,7 @@ class _Planner:
         given = bool(self.inputs.base) + bool(self.inputs.unlearned)
         models = 2 + given + bool(self.inputs.retrained or recipe.prepare)
         steps.append(self._evaluation(models))
-        shared = self.machine is None and pick_device(self.recipe.device).type == "cpu"
-        peak = max(one.device + one.host * (shared and one.way == HELD["host"]) for one in self.held)
+        peak = max(one.device + one.host * (self.on_cpu and one.way == HELD["host"]) for one in self.held)
         return Plan(tuple(steps), round(peak), self._disk(), self.held, tuple(self._notes()), self.machine)
 
     def _run(self, run: MethodRun) -> PlannedStep:
@@ -335,21 +334,11 @@ class _Planner:
         seconds = passes / self.readers * max(STEP_SECONDS, read + compute)
         return answers * settings.max_new_tokens, seconds
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a weight in a model that is read: a device reads models in their own dtype."""
-        return 2 if self.machine or pick_device(self.recipe.device).type == "cuda" else 4
-
     def _tokens(self, examples: Sequence[Example]) -> list[int]:
         most = self.recipe.training.max_length
         if self.tokenizer is None:  # about four bytes a token, and the words of a template
             return [min(most, 8 + len(f"{one.prompt} {one.answer}".encode()) // 4) for one in examples]
-        rows = tokenize(
-            examples,
-            self.tokenizer,
-            max_length=most,
-            style=self.recipe.prompts.style(),
-        )
+        rows = tokenize(examples, self.tokenizer, max_length=most, style=self.recipe.prompts.style())
         return [len(row.ids) for row in rows]
 
     def _training(self, label: str, examples: Sequence[Example]) -> PlannedStep:
@@ -393,7 +382,7 @@ class _Planner:
     def _puts(self, count: int) -> float:
         """Return the seconds in which so many sums are put into memory: read each time, or held there."""
         read = 4 * 4 * self.parameters / 1e9
-        if self.machine is None and pick_device(self.recipe.device).type == "cpu":
+        if self.on_cpu:
             return count * read
         operands = (2 + 4) * self.parameters  # the target, and a vector in float32
         room = (
@@ -418,10 +407,8 @@ class _Planner:
             together = max([1, *(count for run in self.runs for count in run.material.together.values())])
             divided = self.machine and self.machine.count == 1  # what one GPU has no room for goes in parts
             at_once = 1 if divided else training.batch_size
-            narrow = bool(self.machine) or autocasts(
-                training, pick_device(self.recipe.device), self.parameters
-            )
-            token = bytes_per_token(self.config, narrow=narrow, recomputed=training.gradient_checkpointing)
+            redone = training.gradient_checkpointing
+            token = bytes_per_token(self.config, narrow=self.narrow, recomputed=redone)
             self.passing = at_once * together * longest * token
             ways = [*self._ways(self.machine, None if self.recipe.prepare else training.lora)]
             yield next((way for way in ways if self.machine is None or way.fits(self.machine)), ways[-1])

@@ -42,7 +42,7 @@ from palinode.history.orders import LoggedStage, rebuild, write_stages
 from palinode.history.reader import ExposureReader
 from palinode.history.series import open_series
 from palinode.models.loading import load_tokenizer
-from palinode.pipeline.recipe import Recipe, build_recipe, laid_over
+from palinode.pipeline.recipe import build_recipe, laid_over, named
 from palinode.pipeline.reporting import NAME, gather, write_reports
 from palinode.pipeline.run import Unlearned, unlearn
 from palinode.pipeline.workspace import Workspace
@@ -98,16 +98,11 @@ def demo(
     with one_thread(), holding(COMMAND, f"palinode demo --seed {seed}"):
         with Workspace(folder / "workspace").locked(listener):
             models = build_demo(world, folder / "world", seed=seed, listener=listener, **training)
-        named = {"target": models.target, "base": models.base, "retrained": models.retrained}
+        three = {"target": models.target, "base": models.base, "retrained": models.retrained}
         rows = {"forget": models.forget, "retain": models.retain, "holdout": models.holdout}
-        places = {name: model.folder for name, model in named.items()}
+        places, own = {name: model.folder for name, model in three.items()}, {"seed": seed, **settings}
         done, plain = (
-            unlearn(
-                demo_recipe(
-                    method, folder / name, folder / "workspace", places, rows, {"seed": seed, **settings}
-                ),
-                listener=listener,
-            )
+            unlearned(folder, name, method, places, rows, own, listener)
             for method, name in (("msa", "unlearned"), ("task_vector", "task_vector"))
         )
     path = folder / "record.json"
@@ -147,25 +142,19 @@ def claim(folder: Path, seed: int, *, name: str = "demo.json") -> None:
     write_json(mark, {"seed": seed, "palinode": __version__})
 
 
-def demo_recipe(
+def unlearned(
+    folder: Path,
+    name: str,
     method: str,
-    output: Path,
-    workspace: Path,
     models: Mapping[str, Path],
     rows: Mapping[str, Path],
     settings: Mapping[str, Any],
-) -> Recipe:
-    """Return the recipe of one of a demo's runs, from folders of models and files of rows."""
-    return build_recipe(
-        {
-            "method": method,
-            "device": "cpu",
-            "models": {name: str(place) for name, place in models.items()},
-            "data": {name: str(place) for name, place in rows.items()},
-            "output": {"folder": str(output), "workspace": str(workspace), "keep_unchanged": True},
-            **settings,
-        }
-    )
+    listener: Listener,
+) -> Unlearned:
+    """Do one of a demo's runs, from folders of models and files of rows to the output of that name."""
+    output = {"folder": str(folder / name), "workspace": str(folder / "workspace"), "keep_unchanged": True}
+    content = {"method": method, "device": "cpu", "models": named(**models), "data": named(**rows)}
+    return unlearn(build_recipe({**content, "output": output, **settings}), listener=listener)
 
 
 def _record(world: World, done: Unlearned, plain: Unlearned, seed: int, seconds: float) -> dict[str, Any]:
@@ -282,7 +271,7 @@ def demo_locate(
         if path.exists():
             return DemoResult(folder, read_json(path))
         found = _locate_all(models, folder, seed, listener)
-        unlearned = _unlearn_all(world, models, folder, settings, seed, listener)
+        rungs = _unlearn_all(world, models, folder, settings, seed, listener)
     main = found["main"]["all"].as_record()
     write_text(folder / "report.html", html_report(report_content(Facts("locate", main))))
     write_text(folder / "location.svg", location_picture(main))
@@ -292,7 +281,7 @@ def demo_locate(
         "seed": seed,
         "target_step": models.steps[-1],
         "requests": {name: _request(models, name, kinds) for name, kinds in found.items()},
-        "rungs": unlearned,
+        "rungs": rungs,
         "seconds": round(time.monotonic() - started, 1),
     }
     write_json(path, record)
@@ -552,18 +541,13 @@ def _unlearn_all(
     truth = _true_steps(models, "main")
     series = open_series(models.folder / "ladder")
     starts = [(start.step, start.location, "msa") for start in series.checkpoints]
+    rows = {"forget": models.requests["main"], "retain": models.folder / "retain.jsonl"}
+    own = {"seed": seed, **settings}
     found = []
     for step, base, method in [*starts, (models.steps[-1], str(models.target.folder), "task_vector")]:
-        recipe = demo_recipe(
-            method,
-            folder / "unlearned" / f"step{step}",
-            folder / "workspace",
-            {"target": models.target.folder, "base": Path(base)},
-            {"forget": models.requests["main"], "retain": models.folder / "retain.jsonl"},
-            {"seed": seed, **settings},
-        )
+        places = {"target": models.target.folder, "base": Path(base)}
         with holding(COMMAND, f"palinode demo --locate --seed {seed}"):
-            done = unlearn(recipe, listener=listener)
+            done = unlearned(folder, f"unlearned/step{step}", method, places, rows, own, listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
         found.append(
             {

@@ -89,7 +89,6 @@ def examine_equipment(folder: Path) -> Iterator[DoctorFinding]:
     trackers = ", ".join(name for name in TRACKERS if is_installed(name))
     yield _optional("trackers", trackers, "--tracker", "pip install tensorboard")
     yield from _machine(folder)
-    yield from _accelerators()
 
 
 def examine_library(needed: Requirement, found: str | None) -> DoctorFinding:
@@ -98,13 +97,10 @@ def examine_library(needed: Requirement, found: str | None) -> DoctorFinding:
     A pre-release or local build counts as the release that it is of.
     """
     wanted = f"{needed.name}{needed.specifier}"
-    fix = f'pip install "{wanted}"'
-    if found is None:
-        return DoctorFinding("installed", needed.name, "fail", "not installed", fix)
-    if not needed.specifier.contains(Version(found).base_version):
-        text = f"version {found}, and Palinode needs {wanted}"
-        return DoctorFinding("installed", needed.name, "fail", text, fix)
-    return DoctorFinding("installed", needed.name, "ok", f"{needed.name} {found}")
+    if found is not None and needed.specifier.contains(Version(found).base_version):
+        return DoctorFinding("installed", needed.name, "ok", f"{needed.name} {found}")
+    text = "not installed" if found is None else f"version {found}, and Palinode needs {wanted}"
+    return DoctorFinding("installed", needed.name, "fail", text, f'pip install "{wanted}"')
 
 
 def _libraries() -> Iterator[DoctorFinding]:
@@ -143,32 +139,30 @@ def _of_extra(lines: Sequence[str], extra: str) -> list[DoctorFinding]:
 
 
 def _machine(folder: Path) -> Iterator[DoctorFinding]:
-    yield DoctorFinding("machine", "processor", "ok", f"{cores()} cores, {platform.machine()}")
-    free, total = _memory()
-    yield DoctorFinding("machine", "memory", "ok", f"{size_text(free)} free of {size_text(total)}")
+    """Yield findings on processor, memory, disk and accelerators."""
+    found = partial(DoctorFinding, "machine")
+    yield found("processor", "ok", f"{cores()} cores, {platform.machine()}")
+    free, total = map(size_text, _memory())
+    yield found("memory", "ok", f"{free} free of {total}")
     home = _existing(folder)
     disk = shutil.disk_usage(home)
     if os.access(home, os.W_OK):
-        text = f"{size_text(disk.free)} free of {size_text(disk.total)} in {home}"
-        yield DoctorFinding("machine", "disk", "ok", text)
+        yield found("disk", "ok", f"{size_text(disk.free)} free of {size_text(disk.total)} in {home}")
     else:
-        yield DoctorFinding("machine", "disk", "fail", f"{home} cannot be written to", "name another folder")
-
-
-def _accelerators() -> Iterator[DoctorFinding]:
+        yield found("disk", "fail", f"{home} cannot be written to", "name another folder")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for number in range(count):
         free, total = map(size_text, torch.cuda.mem_get_info(number))
         text = f"{torch.cuda.get_device_name(number)}, {free} free of {total}"
-        yield DoctorFinding("machine", f"cuda:{number}", "ok", text)
+        yield found(f"cuda:{number}", "ok", text)
     if torch.backends.mps.is_available():
-        text = f"Apple GPU, {size_text(torch.mps.recommended_max_memory())} for models"
-        yield DoctorFinding("machine", "mps", "ok", text)
+        room = size_text(torch.mps.recommended_max_memory())
+        yield found("mps", "ok", f"Apple GPU, {room} for models")
     elif not count:
         text = "none: models run on the processor, which is slow from about a billion parameters on"
         built = torch.backends.cuda.is_built()
         fix = "look at its driver (nvidia-smi)" if built else "install a torch that was built for it"
-        yield DoctorFinding("machine", "accelerator", "note", text, f"if this machine has a GPU, {fix}")
+        yield found("accelerator", "note", text, f"if this machine has a GPU, {fix}")
 
 
 def _memory() -> tuple[int, int]:
@@ -439,10 +433,8 @@ class _Examination:
         say = partial(self.say, "rows", "prompts")
         needs = 5 * target.parameters  # float32, and some for what passes through it
         if needs > free:
-            say(
-                "note",
-                f"not tried: the target takes {size_text(needs)} {where}, and {size_text(free)} are free",
-            )
+            takes = f"the target takes {size_text(needs)} {where}, and {size_text(free)} are free"
+            say("note", f"not tried: {takes}")
             return
         with self.listener.task("asking the target in other ways", 1, "pass") as advance:
             check = partial(check_target, target, asked, style, max_length=length, device=device)
@@ -475,10 +467,8 @@ class _Examination:
             text, fix = "something fails", "mend what fails and call again"
         elif self.lacking:
             named = [{"forget": "forget set"}.get(name, name) for name in self.lacking]
-            text, fix = (
-                f"there is no {' and no '.join(named)}",
-                f"name it with --{' and --'.join(self.lacking)}",
-            )
+            text = f"there is no {' and no '.join(named)}"
+            fix = f"name it with --{' and --'.join(self.lacking)}"
         else:
             text, fix = "a model is not on this machine", "fetch it and call again"
         self.say("run", "pre-flight", "note", f"not gone through: {text}", fix)

@@ -22,7 +22,6 @@ from palinode.pipeline.transforming import Transforming
 from palinode.pipeline.workspace import Workspace, fingerprint
 from palinode.progress import Listener, NullListener
 from palinode.records import write_json
-from palinode.weights import save
 from palinode.weights.preflight import complain_of_nonfinite
 
 FILTER_VERSION = 1
@@ -73,16 +72,8 @@ def filter_by_retain_rows(recipe: Recipe, *, listener: Listener | None = None) -
         if filters:
             usual = filters.find(filters.usual().key)
             filtered, told = usual.direction, [*told, usual.facts]
-        with listener.task("writing the filtered model", target.parameters, "weights") as advance:
-            saved = save(
-                target - alpha * filtered,
-                folder,
-                dtype=recipe.output.dtype,
-                rounding=recipe.output.rounding,
-                seed=recipe.seed,
-                along={"forget": -1.0 * filtered},
-                on_progress=advance,
-            )
+        along = {"forget": -1.0 * filtered}
+        saved = transforming.write(target - alpha * filtered, folder, along, "filtered")
     record = {
         **heading(FILTER_VERSION, started=started, verb="filter"),
         "seed": recipe.seed,

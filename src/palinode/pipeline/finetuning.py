@@ -47,10 +47,6 @@ class Trained:
     before: Direction | None = None
     """The forget vector before anything was done to it."""
 
-    def with_filtered(self, found: Filtered) -> Trained:
-        """Return the same with the forget vector as the filter left it."""
-        return replace(self, filtered=found, steps={**self.steps, "transform": found.key})
-
     @property
     def unfiltered(self) -> Vectors:
         """The vectors of a method that has some, before the filter that is open."""

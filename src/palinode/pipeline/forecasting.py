@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -120,11 +120,7 @@ def compared(facts: Mapping[str, Any], chosen: ChosenScales | None) -> dict[str,
 
 
 def rehearse(inputs: Inputs, workspace: Workspace, listener: Listener, step: Step) -> Forecast:
-    """Return the forecast, measured unless the step has it. Of models nothing is left in the workspace."""
-    return Forecast(**step.once(lambda: asdict(_measured(inputs, workspace, listener, step))))
-
-
-def _measured(inputs: Inputs, workspace: Workspace, listener: Listener, step: Step) -> Forecast:
+    """Measure what the step of a forecast keeps. Of models nothing is left in the workspace."""
     assert inputs.target is not None
     training = inputs.recipe.training
     once = training.model_copy(update={"epochs": 1, "warmup_epochs": 0.0})
@@ -133,7 +129,7 @@ def _measured(inputs: Inputs, workspace: Workspace, listener: Listener, step: St
     short = FineTuning(replace(inputs, recipe=recipe), workspace, listener).train(inputs.target)
     probes = Probes(inputs, inputs.target, step.folder / "probes.json")
     trials = Trials(probes, short.vectors, listener)
-    goal, before = trials.goal, probes.of_checkpoint("base", inputs.earlier, ["forget"])["forget"]
+    goal, before = trials.goal, probes.of_point("base", inputs.earlier, ["forget"])["forget"]
     points = list(walk_grid(goal, trials.tried, LENGTHS, [0.0]))
     near = best(points).forget_scale
     chosen = best([*points, *(trials.tried(t, 0.0) for t in (near / CLOSER, near * CLOSER))])

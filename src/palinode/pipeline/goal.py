@@ -132,17 +132,14 @@ class Judged(Protocol):
     @property
     def goal(self) -> Goal:
         """By what it is judged."""
-        ...
 
     @property
     def behaviour(self) -> Behaviour:
         """What the model did there."""
-        ...
 
     @property
     def order(self) -> tuple[Any, ...]:
         """Of points that are equal in all else, the first in this order is taken."""
-        ...
 
 
 P = TypeVar("P", bound=Judged)

@@ -46,8 +46,8 @@ from palinode.pipeline.tracking import check_trackers
 from palinode.pipeline.workspace import Workspace, folder_size
 from palinode.progress import Listener
 from palinode.records import workspace_beside
+from palinode.weights import Checkpoint, Direction, Point, Saved, save
 from palinode.weights.atomic import check_output, check_room
-from palinode.weights.checkpoint import Checkpoint
 from palinode.weights.folders import require_causal_lm
 from palinode.weights.preflight import check_sum, check_tokenizers
 
@@ -153,6 +153,22 @@ class Work:
         """Where models run."""
         return pick_device(self.recipe.device)
 
+    def write(self, point: Point, folder: Path, along: Mapping[str, Direction], what: str) -> Saved:
+        """Write a sum as the recipe has its output, its dose measured along some directions."""
+        output = self.recipe.output
+        with self.listener.task(
+            f"writing the {what} model", self.inputs.reader.parameters, "weights"
+        ) as advance:
+            return save(
+                point,
+                folder,
+                dtype=output.dtype,
+                rounding=output.rounding,
+                seed=self.recipe.seed,
+                along=along,
+                on_progress=advance,
+            )
+
 
 def given_to(recipe: Recipe, rows: InputRows, refusals: Sequence[str] = ()) -> Given:
     """Return what a recipe's method has to work with."""
@@ -178,12 +194,22 @@ def open_inputs(recipe: Recipe) -> Inputs:
     pick_device(recipe.device)
     check_trackers(recipe.tracker)
     base, target, retrained, unlearned = _models(recipe, lambda place: _open(place, recipe))
-    if (reader := target or base) is not None:
-        _check_models(reader, base if target else None, retrained, recipe)
+    reader = target or base
+    if target is not None and base is not None:  # states of one model, as the last step will ask too
+        for check in pair_checks(target, base, recipe.method, recipe.method_settings).values():
+            check()
+    elif reader is not None:
+        check_sum(reader, [])
+    if reader is not None and retrained is not None:
+        check_tokenizers(reader, [retrained])
+    scales = recipe.scales
+    given = scales.forget is not None and (scales.retain is not None or not recipe.data.retain)
+    if reader is not None and recipe.has_scales and not given:  # pairs are tried on a live model
+        check_live(reader)
     if target is not None and unlearned is not None:
         check_unlearned(target, unlearned)
-    rows, notes = _open_rows(recipe)
-    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), _refusals(recipe), unlearned)
+    (rows, notes), refusals = _open_rows(recipe), read_refusals(recipe.data.refusals)
+    inputs = Inputs(recipe, base, target, retrained, rows, tuple(notes), tuple(refusals), unlearned)
     return replace(inputs, notes=(*notes, *_check_rows_fit(inputs)))
 
 
@@ -206,7 +232,8 @@ def outline_inputs(recipe: Recipe) -> Inputs:
     _check_method(recipe)
     model, (rows, notes) = outline(recipe.models.target or recipe.models.base or ""), _open_rows(recipe)
     base, target, retrained, unlearned = _models(recipe, lambda _: model)
-    return Inputs(recipe, base, target, retrained, rows, tuple(notes), _refusals(recipe), unlearned)
+    refusals = tuple(read_refusals(recipe.data.refusals))
+    return Inputs(recipe, base, target, retrained, rows, tuple(notes), refusals, unlearned)
 
 
 def _models(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Iterator[Checkpoint | None]:
@@ -214,10 +241,6 @@ def _models(recipe: Recipe, opened: Callable[[str], Checkpoint]) -> Iterator[Che
     models = recipe.models
     for place in (models.base, models.target, models.retrained, models.given):
         yield opened(place) if place else None
-
-
-def _refusals(recipe: Recipe) -> tuple[str, ...]:
-    return tuple(read_refusals(recipe.data.refusals)) if recipe.data.refusals else ()
 
 
 def open_retain_only(recipe: Recipe) -> tuple[Inputs, Checkpoint, Checkpoint]:
@@ -242,11 +265,9 @@ def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> 
 
     A target that [prepare] makes is trained with the recipe's own prompts, and not asked.
     """
-    target, recipe = inputs.target, inputs.recipe
-    if target is None:
-        return inputs
-    note = note_on_prompts(
-        target,
+    recipe = inputs.recipe
+    notes = notes_on_prompts(
+        inputs.target,
         inputs.rows.forget,
         recipe.prompts.style(),
         max_length=recipe.evaluation.max_length,
@@ -254,11 +275,11 @@ def ask_as_trained(inputs: Inputs, workspace: Workspace, listener: Listener) -> 
         workspace=workspace,
         listener=listener,
     )
-    return replace(inputs, notes=(*inputs.notes, note)) if note else inputs
+    return replace(inputs, notes=(*inputs.notes, *notes))
 
 
-def note_on_prompts(
-    target: Checkpoint,
+def notes_on_prompts(
+    target: Checkpoint | None,
     rows: Sequence[Example],
     style: PromptStyle,
     *,
@@ -266,10 +287,10 @@ def note_on_prompts(
     device: str,
     workspace: Workspace,
     listener: Listener,
-) -> str | None:
+) -> list[str]:
     """Return, and say, where a target knows the rows far better asked otherwise; the workspace keeps it."""
-    if not rows_with_style(rows):
-        return None
+    if target is None or not rows_with_style(rows):
+        return []
     step = workspace.step(
         "prompts",
         target=target.fingerprint(),
@@ -285,10 +306,10 @@ def note_on_prompts(
             advance(1)
         return {"note": found and found.note()}
 
-    note: str | None = step.once(asked).get("note")
-    if note:
+    notes = [note] if (note := step.once(asked).get("note")) else []
+    for note in notes:
         listener.say(note)
-    return note
+    return notes
 
 
 def check_target(
@@ -357,22 +378,6 @@ def _open(location: str, recipe: Recipe) -> Checkpoint:
     checkpoint = Checkpoint.open(location, allow_pickle=recipe.models.allow_pickle)
     require_causal_lm(checkpoint)
     return checkpoint
-
-
-def _check_models(
-    target: Checkpoint, base: Checkpoint | None, retrained: Checkpoint | None, recipe: Recipe
-) -> None:
-    """Raise MismatchError unless the models are states of one model, as the last step will ask too."""
-    if base is None:
-        check_sum(target, [])
-    else:
-        for check in pair_checks(target, base, recipe.method, recipe.method_settings).values():
-            check()
-    if retrained is not None:
-        check_tokenizers(target, [retrained])
-    given = recipe.scales.forget is not None and (recipe.scales.retain is not None or not recipe.data.retain)
-    if recipe.has_scales and not given:  # pairs are tried on a live model
-        check_live(target)
 
 
 def check_unlearned(target: Checkpoint, unlearned: Checkpoint) -> None:

@@ -274,12 +274,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError naming the key, and the nearest one that exists.
     """
-    return build_recipe(read_recipe(path), changes)
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the content of a TOML recipe as it is written; raises RecipeError where there is none."""
-    return read_settings(path, "recipe")
+    return build_recipe(read_settings(path, "recipe"), changes)
 
 
 def build_recipe(content: Mapping[str, Any], changes: Sequence[str] = ()) -> Recipe:

@@ -179,25 +179,20 @@ AUDIT = "audit.json"
 """Name of an audit's record, in its own folder and in that of the model it is told of."""
 
 
-def publish(facts: Facts, folder: Path) -> None:
-    """Write what goes with an unlearned model: reports without texts, the card, and the record.
+def refresh(facts: Facts, folder: Path) -> None:
+    """Write in the workspace the report with answers, and everything that goes with an unlearned model anew.
 
     Record, card and reports tell the verdict of the record and of the audit that is known, if one is.
     """
     record, audit = facts.record, facts.audit
+    if facts.elsewhere and facts.texts:
+        write_reports(replace(facts, elsewhere=None), Path(facts.elsewhere))
     content = write_reports(replace(facts, texts=False), folder / f"{NAME}.html")
     known = {**card_facts(at(record, "recipe", "models", "target")), **(at(record, "models", "target") or {})}
     write_text(folder / "README.md", model_card(content, base=known["hub"], original=known["card"]))
     if audit is not None:
         write_json(folder / AUDIT, audit)
     write_json(folder / "record.json", {**record, "verdict": run_verdict(record, audit).as_json()})
-
-
-def refresh(facts: Facts, place: Path) -> None:
-    """Write in the workspace the report with answers, and everything in the hand-over folder anew."""
-    if facts.elsewhere and facts.texts:
-        write_reports(replace(facts, elsewhere=None), Path(facts.elsewhere))
-    publish(facts, place)
 
 
 def stale(place: Path) -> list[str]:

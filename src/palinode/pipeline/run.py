@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -64,6 +63,7 @@ from palinode.records import (
     RECORD_VERSION,
     Outcome,
     Score,
+    plain_scores,
     read_json,
     read_outcomes,
     share,
@@ -72,7 +72,7 @@ from palinode.records import (
 )
 from palinode.report.reports import Facts, Outcomes
 from palinode.report.verdicts import run_verdict
-from palinode.weights import Checkpoint, Direction, Point, StoredVector, save
+from palinode.weights import Checkpoint, Direction, Point, StoredVector
 from palinode.weights.atomic import claimed
 from palinode.weights.atomic import publish as publish_folder
 from palinode.weights.fingerprints import check_same, known_fingerprint, tensor_digests
@@ -197,14 +197,12 @@ def forecast(recipe: Recipe, listener: Listener | None = None) -> Forecast:
             "squares, of a target and a base that are there; name these, or leave --measure out"
         )
     with workspace.locked(listener):
-        return rehearse(inputs, workspace, listener or NullListener(), step)
+        found = partial(rehearse, inputs, workspace, listener or NullListener(), step)
+        return Forecast(**step.once(lambda: asdict(found())))
 
 
 def unlearn(
-    recipe: Recipe,
-    *,
-    listener: Listener | None = None,
-    located: Mapping[str, Any] | None = None,
+    recipe: Recipe, *, listener: Listener | None = None, located: Mapping[str, Any] | None = None
 ) -> Unlearned:
     """Run a recipe from two model folders and a forget set to an unlearned model with its record.
 
@@ -227,23 +225,17 @@ def unlearn(
     check_places(recipe, inputs, needs=costs.disk)
     for line in (*describe(costs), *inputs.notes):
         listener.say(line)
-    corrected = Corrected(listener, costs)
-    with workspace.locked(listener), tracked_run(inputs, workspace, corrected) as listener:
-        return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(located)
-
-
-def tracked_run(inputs: Inputs, workspace: Workspace, listener: Listener) -> AbstractContextManager[Listener]:
-    """Give a listener that also keeps curves with the trackers of the recipe, if it names any."""
-    recipe = inputs.recipe
     named = {"method", "method_settings", "seed", "training", "scales", "evaluation", "prepare"}
-    return tracked(
-        listener,
+    curves = tracked(
+        Corrected(listener, costs),
         recipe.tracker,
         folder=workspace.folder / "tracking",
         run=Path(recipe.output.folder).resolve().name,
         settings=recipe.model_dump(mode="json", include=named, exclude_none=True),
         cpu=pick_device(recipe.device).type == "cpu",
     )
+    with workspace.locked(listener), curves as listener:
+        return _Unlearning(ask_as_trained(inputs, workspace, listener), workspace, listener).run(located)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +265,9 @@ class Making(FineTuning):
             point = chosen.forget, chosen.retain, trained.unfiltered.retain
             chosen = replace(chosen, filter=filters.arrived(filters.usual(), *point).as_record())
         key = chosen.filter["key"] if chosen.filter else filters.usual().key
-        return trained.with_filtered(filters.find(key)), chosen
+        found = filters.find(key)
+        steps = {**trained.steps, "transform": found.key}
+        return replace(trained, filtered=found, steps=steps), chosen
 
     def make(self, target: Checkpoint) -> Made:
         """Make the unlearned model, in the workspace."""
@@ -294,7 +288,7 @@ class Making(FineTuning):
             else:
                 along = {"change": trained.model - target}
                 point = target + along["change"]
-                weights = {"dose": self._write(point, target, along, {"change": 1.0}, step)}
+                weights = {"dose": self._dose(point, along, {"change": 1.0}, step)}
             step.finish(weights)
             model = Checkpoint.open(step.folder / "model")
         return Made(model, trained, chosen, weights, {**trained.steps, "apply": step.key})
@@ -346,31 +340,17 @@ class Making(FineTuning):
             taken = replace(vectors, forget=forget)
         scales = {"forget": chosen.forget, "retain": chosen.retain}
         point = taken.taken_off(target, chosen.forget, chosen.retain)
-        dose = self._write(point, target, taken.along(chosen.retain), scales, step)
+        dose = self._dose(point, taken.along(chosen.retain), scales, step)
         with self.listener.task("measuring the vectors", target.parameters, "weights") as advance:
             geometry = geometry_facts(vectors.forget, vectors.retain, on_progress=advance)
         told = {"transforms": list(trained.transforms)} if trained.transforms else {}
         return {"dose": dose, "vectors": {**geometry, **told}}
 
-    def _write(
-        self,
-        point: Point,
-        target: Checkpoint,
-        along: Mapping[str, Direction],
-        scales: Mapping[str, float],
-        step: Step,
+    def _dose(
+        self, point: Point, along: Mapping[str, Direction], scales: Mapping[str, float], step: Step
     ) -> dict[str, Any]:
         """Write the unlearned model, say what the user should know of its rounding, and return its dose."""
-        with self.listener.task("writing the unlearned model", target.parameters, "weights") as advance:
-            saved = save(
-                point,
-                step.folder / "model",
-                dtype=self.recipe.output.dtype,
-                rounding=self.recipe.output.rounding,
-                seed=self.recipe.seed,
-                along=along,
-                on_progress=advance,
-            )
+        saved = self.write(point, step.folder / "model", along, "unlearned")
         for note in saved.notes:
             self.listener.say(note)
         return dose_facts(saved, scales)
@@ -390,7 +370,7 @@ class _Unlearning(Making):
         if not self.inputs.rows.unseen:  # which might tell of another yardstick
             record, outcomes = self._judged(before, None, located)
             if self._is_no_result(record):
-                return self._without_result(record, outcomes)
+                return self._finished(record, outcomes, None)
         made = self.make(target)
         models = present(
             target=target,
@@ -400,10 +380,7 @@ class _Unlearning(Making):
             retrained=retrained,
         )
         record, outcomes = self._judged(models, made, located)
-        if self._is_no_result(record):
-            return self._without_result(record, outcomes)
-        output, report = self._publish(made.model, record, outcomes)
-        return Unlearned(output, record, outcomes, finished_before=False, report=report)
+        return self._finished(record, outcomes, None if self._is_no_result(record) else made.model)
 
     def _is_no_result(self, record: Mapping[str, Any]) -> bool:
         """Tell whether no folder is to be written; a given α is an order, even with nothing to forget."""
@@ -441,6 +418,7 @@ class _Unlearning(Making):
         told = {name: row_facts(data[name], own) if data[name] else None for name, own in sets.items()}
         chosen, training = (made.chosen, made.trained.training) if made else (None, {})
         with_sets = with_unseen(outcomes, made.trained.seen if made else ())
+        scored = partial(score_outcomes, seed=recipe.seed)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB, macOS in bytes
         return {
             **heading(RECORD_VERSION, started=self.started, verb="run"),
@@ -464,13 +442,7 @@ class _Unlearning(Making):
             "training": training,
             "steps": dict(made.steps) if made else {},
             "scores": {
-                name: {
-                    label: {
-                        metric: asdict(score)
-                        for metric, score in score_outcomes(found, seed=recipe.seed).items()
-                    }
-                    for label, found in own.items()
-                }
+                name: plain_scores({label: scored(found) for label, found in own.items()})
                 for name, own in with_sets.items()
             },
             "environment": {
@@ -481,11 +453,24 @@ class _Unlearning(Making):
             "notes": [*inputs.notes, *_notes(inputs, chosen, training)],
         }
 
-    def _without_result(self, record: Mapping[str, Any], outcomes: Outcomes) -> Unlearned:
-        """Leave a report in the workspace, and no folder that looks like a result."""
-        report = full_report(record, self.workspace.folder)
-        write_reports(Facts("unlearn", record, outcomes=in_order(outcomes), texts=True), report)
-        return Unlearned(None, record, outcomes, finished_before=False, report=report)
+    def _finished(self, record: Mapping[str, Any], outcomes: Outcomes, model: Checkpoint | None) -> Unlearned:
+        """Leave the report with sample answers in the workspace, and give the model's folder its final name.
+
+        Record and reports are put beside the weights before that. Without a model there is no folder that
+        looks like a result.
+        """
+        report, output = full_report(record, self.workspace.folder), None
+        facts = Facts("unlearn", record, outcomes=in_order(outcomes), texts=True)
+        if model is None:
+            write_reports(facts, report)
+        else:
+            refresh(replace(facts, elsewhere=str(report)), model.folder)
+            output = Path(self.recipe.output.folder)
+            with shared():
+                output.parent.mkdir(parents=True, exist_ok=True)
+                share(model.folder)
+            move_folder(model.folder, output.resolve())  # a link is no place to rename to
+        return Unlearned(output, record, outcomes, finished_before=False, report=report)
 
     def _evaluate(self, name: str, checkpoint: Checkpoint) -> Mapping[str, Sequence[Outcome]]:
         """Return a model's outcomes on the forget and retain rows, read back if they are there."""
@@ -527,23 +512,6 @@ class _Unlearning(Making):
             prompts=self.recipe.prompts.model_dump(),
             tokenizer=tokenizer_fingerprint(self.inputs.reader),
         )
-
-    def _publish(self, model: Checkpoint, record: Mapping[str, Any], outcomes: Outcomes) -> tuple[Path, Path]:
-        """Put record and reports beside the weights, then give the folder its final name.
-
-        Returns it, and where the report with sample answers lies.
-        """
-        report = full_report(record, self.workspace.folder)
-        facts = Facts(
-            "unlearn", record, outcomes=in_order(outcomes), texts=bool(outcomes), elsewhere=str(report)
-        )
-        refresh(facts, model.folder)
-        output = Path(self.recipe.output.folder)
-        with shared():
-            output.parent.mkdir(parents=True, exist_ok=True)
-            share(model.folder)
-        move_folder(model.folder, output.resolve())  # a link is no place to rename to
-        return output, report
 
 
 def move_folder(folder: Path, output: Path) -> None:

@@ -24,11 +24,11 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -60,9 +60,6 @@ from palinode.records import read_json, write_json
 from palinode.weights import Checkpoint, Direction, Point
 from palinode.weights.geometry import part_of
 from palinode.weights.vectors import transform
-
-if TYPE_CHECKING:
-    import optuna
 
 Logprobs = Mapping[str, Sequence[float]]
 """Mean log-probability of each row's answer, by set of rows."""
@@ -139,22 +136,16 @@ class Probes:
         if examples:
             self.sets[name] = tokenize(examples, self.tokenizer, max_length=length, style=style)
 
-    def of_checkpoint(self, name: str, checkpoint: Checkpoint, sets: Sequence[str] = SETS) -> Logprobs:
-        """Return the mean log-probabilities of a checkpoint on the sets of those names that there are."""
-        return self._asked(name, sets, lambda: self._loaded(checkpoint))
-
     def of_point(self, name: str, point: Point, sets: Sequence[str] = SETS) -> Logprobs:
-        """Return those of a checkpoint, or of a sum put into the live model; `name` stands for it on disk."""
+        """Return the mean log-probabilities on the sets of those names that there are.
+
+        Of a checkpoint, or of a sum put into the live model; `name` stands for it on disk.
+        """
         if isinstance(point, Checkpoint):
-            return self.of_checkpoint(name, point, sets)
+            return self._asked(name, sets, lambda: self._loaded(point))
         return self.of_parts(name, lambda: [(point, None)], sets)
 
-    def of_parts(
-        self,
-        name: str,
-        parts: Callable[[], Parts],
-        sets: Sequence[str] = SETS,
-    ) -> Logprobs:
+    def of_parts(self, name: str, parts: Callable[[], Parts], sets: Sequence[str] = SETS) -> Logprobs:
         """Return those of a model put together; `parts` is called where it was not asked before."""
 
         def filled() -> PreTrainedModel:
@@ -174,15 +165,13 @@ class Probes:
         wanted = [one for one in sets if one in self.sets]
         missing = [one for one in wanted if one not in self.known.get(name, {})]
         if missing:
-            live = model()
-            found = {one: self._mean_logprobs(live, self.sets[one]) for one in missing}
+            live, found = model(), dict[str, list[float]]()
+            for one in missing:
+                scored = score_rows(live, self.sets[one], pad_id=self.pad_id)
+                found[one] = [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
             self.known[name] = {**self.known.get(name, {}), **found}
             write_json(self.path, self.known)
         return {one: self.known[name][one] for one in wanted}
-
-    def _mean_logprobs(self, model: PreTrainedModel, rows: Sequence[TokenRow]) -> list[float]:
-        scored = score_rows(model, rows, pad_id=self.pad_id)
-        return [math.fsum(row.logprobs) / len(row.logprobs) for row in scored]
 
 
 # What is wanted
@@ -196,9 +185,9 @@ def open_goal(probes: Probes, yardstick: Yardstick | None = None) -> Goal:
     """
     inputs, rows = probes.inputs, probes.inputs.rows
     probes.add("unseen", rows.unseen)
-    before = probes.of_checkpoint("target", probes.target, [*SETS, "unseen"])
+    before = probes.of_point("target", probes.target, [*SETS, "unseen"])
     if yardstick is None:
-        base, unseen = probes.of_checkpoint("base", inputs.earlier, ["forget", "unseen"]), None
+        base, unseen = probes.of_point("base", inputs.earlier, ["forget", "unseen"]), None
         if rows.unseen:
             unseen = Unseen(rows.unseen_source, base["unseen"], before["unseen"], _groups(rows.unseen))
         groups, seed = _groups(rows.forget_probe), inputs.recipe.seed
@@ -230,6 +219,7 @@ class Trials:
         self.probes = probes
         self.vectors = vectors
         self.filtered: Filtered | None = None
+        """The vector in use, as a filter leaves it."""
         self.listener = listener
         self.goal = open_goal(probes, yardstick)
         self.numbers = itertools.count(1)
@@ -240,10 +230,6 @@ class Trials:
         before: Logprobs = {"forget": self.goal.target.forget, "retain": self.goal.target.retain}
         part = {name: [before[name][place] for place in few] for name, few in places.items()}
         self.few = replace(self.goal, target=Behaviour.of(part), rows=tuple(places["forget"]))
-
-    def use(self, filtered: Filtered | None) -> None:
-        """Try a vector as a filter leaves it from now on."""
-        self.filtered = filtered
 
     @property
     def _prefix(self) -> str:
@@ -441,7 +427,7 @@ def choose_scales(
             there = where_it_arrives(trials, filters, best(whole), varied)
             others += [] if filters.arrives == "where better" else whole
             whole = there if filters.arrives == "always" else [*whole, *there]
-            trials.use(filters.of(best(whole)))
+            trials.filtered = filters.of(best(whole))
         parts = layer_groups(target, scales.groups)
         if len(parts) > 1:
             whole += grouped(trials, best(whole), parts, scales.trials, inputs.recipe.seed)
@@ -485,7 +471,7 @@ def of_next(
     if filters is None:
         return list(walk())
     while filters.untried:
-        trials.use(filters.at(filters.untried.pop(0)))
+        trials.filtered = filters.at(filters.untried.pop(0))
         try:
             return list(walk())
         except NothingLeftError:
@@ -517,7 +503,7 @@ def compared(
         found += (new := at_its_aim(own))
         better = best([better, *new])
         filters.tidy(filters.of(better).key)
-    trials.use(filters.of(better))
+    trials.filtered = filters.of(better)
     return glances, found
 
 
@@ -575,7 +561,7 @@ def where_it_arrives(
     """Return the points near the centre for the vector filtered by what the layers read there."""
     assert trials.filtered is not None
     alpha, beta = centre.forget_scale, centre.retain_scale
-    trials.use(filters.arrived(trials.filtered, alpha, beta, trials.vectors.retain))
+    trials.filtered = filters.arrived(trials.filtered, alpha, beta, trials.vectors.retain)
     try:
         found = [trials.tried(alpha, beta)]
     except NothingLeftError:
@@ -595,24 +581,13 @@ def between(
 ) -> Iterator[TriedScales]:
     """Yield the points that optuna suggests between the neighbours of the best ones, on all rows."""
     different = {(point.forget_scale, point.retain_scale): point for point in reversed(looked)}
-    starts = sorted(different.values(), key=lambda point: point.rank)[:STARTS]
+    best_first = sorted(different.values(), key=lambda point: point.rank)
+    starts = [(point.forget_scale, point.retain_scale) for point in best_first[:STARTS]]
     ranges = {
-        "forget": range_around([point.forget_scale for point in starts], alphas),
-        "retain": range_around([point.retain_scale for point in starts], betas),
+        "forget": range_around([alpha for alpha, _ in starts], alphas),
+        "retain": range_around([beta for _, beta in starts], betas),
     }
-    with quiet_study(seed, starts=len(starts)) as study:
-        for point in starts:
-            scales = {"forget": point.forget_scale, "retain": point.retain_scale}
-            study.enqueue_trial({name: scales[name] for name, (low, high) in ranges.items() if low < high})
-        for _ in range(max(count, len(starts))):
-            trial = study.ask()
-            try:
-                alpha, beta = (suggested(trial, name, limits) for name, limits in ranges.items())
-            except ValueError:  # no place promises anything: all that was tried misses a floor by far
-                return
-            point = trials.tried(alpha, beta)
-            tell(study, trial, point)
-            yield point
+    return suggested(trials.tried, ranges, starts, count, seed)
 
 
 def around(trials: Trials, centre: TriedScales, *, varied: tuple[bool, bool]) -> list[TriedScales]:
@@ -633,18 +608,12 @@ def around(trials: Trials, centre: TriedScales, *, varied: tuple[bool, bool]) ->
 
 def grouped(
     trials: Trials, centre: TriedScales, parts: Sequence[Sequence[str]], count: int, seed: int
-) -> list[TriedScales]:
-    """Return points at the centre's (α, β) where optuna gives each group of layers its own factor."""
-    found: list[TriedScales] = []
-    with quiet_study(seed, starts=1) as study:
-        study.enqueue_trial({str(group): 1.0 for group in range(len(parts))})
-        for _ in range(count):
-            trial = study.ask()
-            factors = tuple(suggested(trial, str(group), FACTORS) for group in range(len(parts)))
-            point = trials.with_factors(centre, parts, factors)
-            tell(study, trial, point)
-            found.append(point)
-    return found
+) -> Iterator[TriedScales]:
+    """Yield points at the centre's (α, β) where optuna gives each group of layers its own factor."""
+    ranges, starts = {str(group): FACTORS for group in range(len(parts))}, [[1.0] * len(parts)]
+    return suggested(
+        lambda *factors: trials.with_factors(centre, parts, factors), ranges, starts, count, seed
+    )
 
 
 def range_around(values: Sequence[float], grid: Sequence[float]) -> Range:
@@ -656,16 +625,17 @@ def range_around(values: Sequence[float], grid: Sequence[float]) -> Range:
     return below, above
 
 
-def suggested(trial: optuna.Trial, name: str, limits: Range) -> float:
-    """Return a scale with two decimals between the limits; more exact than that it need not be."""
-    low, high = limits
-    with np.errstate(invalid="ignore"):  # optuna divides by the sum of what it hopes for, which may be 0
-        return low if low == high else round(trial.suggest_float(name, low, high), 2)
+def suggested(
+    tried: Callable[..., TriedScales],
+    ranges: Mapping[str, Range],
+    starts: Sequence[Sequence[float]],
+    count: int,
+    seed: int,
+) -> Iterator[TriedScales]:
+    """Yield the points that are tried, at the starts first, then where optuna suggests, with two decimals.
 
-
-@contextmanager
-def quiet_study(seed: int, *, starts: int) -> Iterator[optuna.Study]:
-    """Give a study in memory, seeded and quiet."""
+    Its study is in memory, seeded and quiet; it hears what each point is worth, and which floors that misses.
+    """
     import optuna
 
     loud = optuna.logging.get_verbosity()
@@ -674,15 +644,26 @@ def quiet_study(seed: int, *, starts: int) -> Iterator[optuna.Study]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # exact objectives are new
             sampler = optuna.samplers.GPSampler(
-                seed=seed, n_startup_trials=starts, deterministic_objective=True
+                seed=seed, n_startup_trials=len(starts), deterministic_objective=True
             )
-        yield optuna.create_study(direction="minimize", sampler=sampler)
+        study = optuna.create_study(direction="minimize", sampler=sampler)
+        open_to = {name for name, (low, high) in ranges.items() if low < high}
+        for start in starts:
+            study.enqueue_trial({name: it for name, it in zip(ranges, start, strict=True) if name in open_to})
+        for _ in range(max(count, len(starts))):
+            trial, values = study.ask(), list[float]()
+            for name, (low, high) in ranges.items():
+                try:
+                    with np.errstate(invalid="ignore"):  # it divides by the sum of its hopes, which may be 0
+                        values.append(
+                            round(trial.suggest_float(name, low, high), 2) if name in open_to else low
+                        )
+                except ValueError:  # no place promises anything: all that was tried misses a floor by far
+                    return
+            point = tried(*values)
+            for name, shortfall in point.goal.shortfalls(point.behaviour).items():
+                trial.set_constraint(name, shortfall)
+            study.tell(trial, point.goal.objective(point.behaviour))
+            yield point
     finally:
         optuna.logging.set_verbosity(loud)
-
-
-def tell(study: optuna.Study, trial: optuna.Trial, point: TriedScales) -> None:
-    """Report what a suggested point was worth, and which floors it misses."""
-    for name, shortfall in point.goal.shortfalls(point.behaviour).items():
-        trial.set_constraint(name, shortfall)
-    study.tell(trial, point.goal.objective(point.behaviour))

@@ -58,13 +58,7 @@ def is_installed(name: str) -> bool:
 
 @contextmanager
 def tracked(
-    listener: Listener,
-    names: str | None,
-    *,
-    folder: Path,
-    run: str,
-    settings: Mapping[str, Any],
-    cpu: bool,
+    listener: Listener, names: str | None, *, folder: Path, run: str, settings: Mapping[str, Any], cpu: bool
 ) -> Iterator[Listener]:
     """Give a listener that also keeps curves with the named trackers; the listener itself if there are none.
 

@@ -11,8 +11,8 @@ import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from palinode.data.examples import Example, at_most, fingerprint_examples
 from palinode.data.tokenize import tokenize
 from palinode.errors import CheckpointError, InputError, MismatchError
+from palinode.methods.method import Vectors
 from palinode.methods.transforms import MU, ChosenTransforms, LeastSquaresSettings
 from palinode.models.inplace import live_places, put
 from palinode.models.loading import load_model, load_tokenizer, pad_token, save_tensors, tokenizer_fingerprint
@@ -53,73 +54,6 @@ UNDECIDED = "undecided"
 """A file beside a vector that a search has made and not chosen yet."""
 SURVIVES = 1e-4
 """Share of its effect on the forget inputs that a vector must keep to be worth scaling up."""
-
-
-@dataclass
-class Measuring(Work):
-    """The moments of one run's models over its rows."""
-
-    target: Checkpoint
-
-    def sets(self, settings: LeastSquaresSettings) -> tuple[Sequence[Example], Sequence[Example]]:
-        """Return the forget rows, and the rows whose inputs are to be spared."""
-        rows, seed = self.inputs.rows, self.recipe.seed
-        forget, spared = (at_most(found, settings.rows, seed=seed) for found in (rows.forget, rows.spared))
-        return forget, spared
-
-    def of_checkpoint(self, model: Checkpoint, rows: Sequence[Example], positions: Positions = "all") -> Step:
-        """Return the finished step that holds the moments of a model."""
-        return self._step(model.fingerprint(), rows, positions, lambda: load_model(model, device=self.device))
-
-    def of_point(
-        self, point: Callable[[], Point], key: str, rows: Sequence[Example], positions: Positions
-    ) -> Step:
-        """Return the finished step that holds those of a sum, for which `key` stands."""
-        output, seed = self.recipe.output, self.recipe.seed
-
-        def filled() -> PreTrainedModel:
-            live = load_model(self.target, device=self.device)
-            put(point(), live, dtype=output.dtype, rounding=output.rounding, seed=seed)
-            return live
-
-        return self._step(f"{key} {output.dtype} {output.rounding} {seed}", rows, positions, filled)
-
-    def _step(
-        self, model: str, rows: Sequence[Example], positions: Positions, load: Callable[[], PreTrainedModel]
-    ) -> Step:
-        recipe = self.recipe
-        step = self.workspace.step(
-            "moments",
-            model=model,
-            rows=fingerprint_examples(rows),
-            positions=positions,
-            max_length=recipe.training.max_length,
-            prompts=recipe.prompts.model_dump(),
-            tokenizer=tokenizer_fingerprint(self.inputs.reader),
-            device=self.device.type,
-        )
-        if step.facts is None or not _is_whole(step):
-            step.clear()
-            live, tokenizer = load(), load_tokenizer(self.inputs.reader)
-            style, length = recipe.prompts.style(), recipe.training.max_length
-            tokens = tokenize(rows, tokenizer, max_length=length, style=style)
-            passes = 1 + int(live.config.get_text_config().num_hidden_layers)
-            with self.listener.task("inputs of layers", passes * len(tokens), "rows") as advance:
-                found = input_moments(
-                    live,
-                    tokens,
-                    pad_id=pad_token(tokenizer),
-                    positions=positions,
-                    on_progress=advance,
-                    say=self.listener.say,
-                )
-                facts = _store(found, step)
-            places = dict(_in_files(facts.pop("places"), live, self.target))
-            step.finish(
-                {"rows": len(rows), "tokens": sum(len(row.ids) for row in tokens), **facts, "places": places}
-                | ({"device": str(self.device)} if self.device.type == "cuda" else {})
-            )
-        return step
 
 
 def _is_whole(step: Step) -> bool:
@@ -430,11 +364,8 @@ class Transforming(Work):
     """The transforms of one run, with what they read of its models and rows."""
 
     target: Checkpoint
-
-    def __post_init__(self) -> None:
-        self.moments = Measuring(self.inputs, self.workspace, self.listener, self.target)
-        self.survey: dict[str, Any] = {}
-        """What the transform that was made last found out on the way."""
+    survey: dict[str, Any] = field(default_factory=dict)
+    """What the transform that was made last found out on the way."""
 
     def apply(
         self, transforms: Sequence[ChosenTransforms], vector: Direction, keys: Mapping[str, str]
@@ -462,25 +393,23 @@ class Transforming(Work):
         before: Direction,
         keys: Mapping[str, str],
         *,
-        made: tuple[Make, Any] | None = None,
+        of: Callable[..., Step] | None = None,
         undecided: bool = False,
     ) -> tuple[Step, Callable[[], Made]]:
         """Return the step of one transform, and what applies it, or finds it done.
 
-        `made` is what makes the vector, and what that needs; an `undecided` one is marked until it is chosen.
-        What is made raises NothingLeftError where the transform leaves nothing of the vector.
+        Least squares take moments `of` another model than the target; an `undecided` vector is marked until
+        it is chosen. What is made raises NothingLeftError where the transform leaves nothing of the vector.
         """
         if isinstance(chosen.settings, LeastSquaresSettings):  # the usual μ is one vector, named or not
             mu, epsilon = chosen.settings.weights()
             filled = chosen.settings.model_copy(update={"mu": mu, "epsilon": epsilon})
             chosen = replace(chosen, settings=filled)
         name, settings = chosen.transform.name, chosen.settings
-        make, needed = made or getattr(self, f"_{name}")(settings)
+        maker = getattr(self, f"_{name}")
+        make, needed = maker(settings, of) if of else maker(settings)
         step = self.workspace.step(
-            f"transform-{name}",
-            vector=dict(keys),
-            settings=settings.model_dump(mode="json"),
-            needed=needed,
+            f"transform-{name}", vector=dict(keys), settings=settings.model_dump(mode="json"), needed=needed
         )
 
         def done() -> Made:
@@ -510,7 +439,7 @@ class Transforming(Work):
     def _projection(self, settings: Any) -> tuple[Make, Any]:
         model = self.target if settings.at == "target" else self.inputs.earlier
         rows = at_most(self.inputs.rows.retain_sample, settings.rows, seed=self.recipe.seed)
-        step = self.moments.of_checkpoint(model, rows)
+        step = self.of_checkpoint(model, rows)
         kept = MomentFiles(step)
 
         def make(vector: Direction, output: Path) -> StoredVector:
@@ -520,43 +449,24 @@ class Transforming(Work):
 
         return make, step.key
 
-    def _least_squares(self, settings: Any) -> tuple[Make, Any]:
-        sets, positions = self.moments.sets(settings), settings.positions
-        steps = [self.moments.of_checkpoint(self.target, rows, positions) for rows in sets if rows]
-        return self._weighed(settings, steps), [step.key for step in steps]
-
-    def _weighed(self, settings: Any, steps: Sequence[Step]) -> Make:
-        """Return what filters a vector by the moments that steps hold: of the forget inputs, and the spared.
-
-        The latter alone where there are no forget rows.
-        """
+    def _least_squares(self, settings: Any, of: Callable[..., Step] | None = None) -> tuple[Make, Any]:
+        rows, most, seed = self.inputs.rows, settings.rows, self.recipe.seed
+        sets = [at_most(found, most, seed=seed) for found in (rows.forget, rows.spared)]
+        of = of or partial(self.of_checkpoint, self.target)
+        steps = [of(own, settings.positions) for own in sets if own]  # of the forget rows, if any; the spared
+        keys = [step.key for step in steps]
 
         def make(vector: Direction, output: Path) -> StoredVector:
             *forget, spared = map(MomentFiles, steps)
             weighing = Weighing(forget[0] if forget else None, spared, settings)
-            label = f"least squares {[step.key for step in steps]} {settings.model_dump_json()}"
+            label = f"least squares {keys} {settings.model_dump_json()}"
             made = transform([vector], weighing.rule, output, label=label, scale_of=weighing.scale_of)
             self.survey = weighing.survey or {}
             if note := weighing.note():
                 self.listener.say(note)
             return made
 
-        return make
-
-    def arrived(
-        self,
-        chosen: ChosenTransforms,
-        before: Direction,
-        keys: Mapping[str, str],
-        point: Callable[[], Point],
-        place: str,
-    ) -> tuple[Step, Callable[[], Made]]:
-        """Plan to filter by the moments at a point, for which `place` stands, in place of the target's."""
-        settings = chosen.settings
-        sets = self.moments.sets(settings)
-        steps = [self.moments.of_point(point, place, rows, settings.positions) for rows in sets]
-        made = self._weighed(settings, steps), [step.key for step in steps]
-        return self.planned(chosen, before, keys, made=made, undecided=True)
+        return make, keys
 
     def _low_rank(self, settings: Any) -> tuple[Make, Any]:
         def make(vector: Direction, output: Path) -> StoredVector:
@@ -574,16 +484,70 @@ class Transforming(Work):
 
         return make, None
 
+    # What transforms read: the moments of models over rows
+
+    def of_checkpoint(self, model: Checkpoint, rows: Sequence[Example], positions: Positions = "all") -> Step:
+        """Return the finished step that holds the moments of a model."""
+        return self._moments(
+            model.fingerprint(), rows, positions, lambda: load_model(model, device=self.device)
+        )
+
+    def of_point(
+        self, point: Callable[[], Point], key: str, rows: Sequence[Example], positions: Positions
+    ) -> Step:
+        """Return the finished step that holds those of a sum, for which `key` stands."""
+        output, seed = self.recipe.output, self.recipe.seed
+
+        def filled() -> PreTrainedModel:
+            live = load_model(self.target, device=self.device)
+            put(point(), live, dtype=output.dtype, rounding=output.rounding, seed=seed)
+            return live
+
+        return self._moments(f"{key} {output.dtype} {output.rounding} {seed}", rows, positions, filled)
+
+    def _moments(
+        self, model: str, rows: Sequence[Example], positions: Positions, load: Callable[[], PreTrainedModel]
+    ) -> Step:
+        recipe = self.recipe
+        step = self.workspace.step(
+            "moments",
+            model=model,
+            rows=fingerprint_examples(rows),
+            positions=positions,
+            max_length=recipe.training.max_length,
+            prompts=recipe.prompts.model_dump(),
+            tokenizer=tokenizer_fingerprint(self.inputs.reader),
+            device=self.device.type,
+        )
+        if step.facts is None or not _is_whole(step):
+            step.clear()
+            live, tokenizer = load(), load_tokenizer(self.inputs.reader)
+            style, length = recipe.prompts.style(), recipe.training.max_length
+            tokens = tokenize(rows, tokenizer, max_length=length, style=style)
+            passes = 1 + int(live.config.get_text_config().num_hidden_layers)
+            with self.listener.task("inputs of layers", passes * len(tokens), "rows") as advance:
+                found = input_moments(
+                    live,
+                    tokens,
+                    pad_id=pad_token(tokenizer),
+                    positions=positions,
+                    on_progress=advance,
+                    say=self.listener.say,
+                )
+                facts = _store(found, step)
+            places = dict(_in_files(facts.pop("places"), live, self.target))
+            step.finish(
+                {"rows": len(rows), "tokens": sum(len(row.ids) for row in tokens), **facts, "places": places}
+                | ({"device": str(self.device)} if self.device.type == "cuda" else {})
+            )
+        return step
+
 
 class OpenFilter:
     """A least-squares filter whose μ, and whether it reads where the model arrives, are chosen with α."""
 
     def __init__(
-        self,
-        transforming: Transforming,
-        last: ChosenTransforms,
-        before: Direction,
-        keys: Mapping[str, str],
+        self, transforming: Transforming, last: ChosenTransforms, before: Direction, keys: Mapping[str, str]
     ) -> None:
         self.transforming, self.last, self.before, self.keys = transforming, last, before, keys
         self.known: dict[tuple[float, bool], Filtered] = {}
@@ -605,27 +569,26 @@ class OpenFilter:
 
     def at(self, mu: float) -> Filtered:
         """Return the vector filtered with that μ by what the target's layers read."""
-        if (mu, False) not in self.known:
-            step, make = self.transforming.planned(self._with(mu), self.before, self.keys, undecided=True)
-            self.known[mu, False] = Filtered(step.key, (mu, False), make)
-        return self.known[mu, False]
+        return self.known.get((mu, False)) or self._planned((mu, False))
 
     def arrived(
         self, filtered: Filtered, alpha: float, beta: float = 0.0, retain: Direction | None = None
     ) -> Filtered:
         """Return the vector filtered by what the layers read at θ_D − α · filtered + β · retain."""
-        mu, _ = filtered.label
-        rest = beta * retain if beta and retain is not None else None
-        place = f"{filtered.key} {alpha}"
-        if rest is not None and rest.terms:
-            place += "".join(f" {weight} {term.fingerprint()}" for term, weight in rest.terms.items())
+        place, transforming = f"{filtered.key} {alpha}", self.transforming
+        terms = (beta * retain).terms if beta and retain is not None else {}
+        place += "".join(f" {weight} {term.fingerprint()}" for term, weight in terms.items())
 
         def point() -> Point:
-            there = self.transforming.target - alpha * filtered.direction
-            return there if rest is None else there + rest
+            return Vectors(filtered.direction, retain).taken_off(transforming.target, alpha, beta)
 
-        step, make = self.transforming.arrived(self._with(mu), self.before, self.keys, point, place)
-        found = self.known[mu, True] = Filtered(step.key, (mu, True), make)
+        return self._planned((filtered.label[0], True), partial(transforming.of_point, point, place))
+
+    def _planned(self, label: tuple[float, bool], of: Callable[..., Step] | None = None) -> Filtered:
+        settings = self.last.settings.model_copy(update={"mu": label[0]})
+        last = replace(self.last, settings=settings)
+        step, make = self.transforming.planned(last, self.before, self.keys, of=of, undecided=True)
+        found = self.known[label] = Filtered(step.key, label, make)
         return found
 
     def of(self, point: TriedScales) -> Filtered:
@@ -668,9 +631,6 @@ class OpenFilter:
 
     def _step(self, key: str) -> Step:
         return self.transforming.workspace.step_of(f"transform-{self.last.transform.name}", key)
-
-    def _with(self, mu: float) -> ChosenTransforms:
-        return replace(self.last, settings=self.last.settings.model_copy(update={"mu": mu}))
 
 
 def _open_vector(folder: Path) -> StoredVector | None:

@@ -328,12 +328,14 @@ class Standing:
             return "carried out"
         return "located" if request.located else "received"
 
+    def made_for(self, name: str) -> Model | None:
+        """Return the model made last for a request; None where none was."""
+        return next((model for model in reversed(self.models) if name in model.requests), None)
+
     def verdict(self, request: Request) -> Mapping[str, Any] | None:
         """Return the last verdict on a request: of its own audit, or else of the model made for it."""
-        for model in reversed(self.models):
-            if request.id in model.requests:
-                return model.audits.get(request.id) or model.verdict
-        return None
+        model = self.made_for(request.id)
+        return (model.audits.get(request.id) or model.verdict) if model else None
 
 
 def standing(events: Iterable[Event]) -> Standing:

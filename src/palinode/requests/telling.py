@@ -32,10 +32,8 @@ TIMES = {"carried out": "carried_out", "audited": "audited", "approved": "approv
 
 def request_facts(events: Sequence[Event], request: Request) -> dict[str, Any]:
     """Return what an export says of one request; of each kind of event the time of the last one."""
-    now, model = standing(events), None
-    times: dict[str, str] = {}
-    for made in now.models:
-        model = made if request.id in made.requests else model
+    now = standing(events)
+    model, times = now.made_for(request.id), dict[str, str]()
     for event in events:
         if event.request == request.id and event.kind in ("added", "located", "withdrawn"):
             times[event.kind] = event.time
@@ -102,26 +100,16 @@ def requests_grid(
         )
         late = now.waits(request) and request.due < today
         due = GridCell(request.due.isoformat(), tone="bad" if late else None)
-        rows.append(
-            [
-                request.id,
-                request.reference,
-                request.received.isoformat(),
-                due,
-                str(request.rows),
-                now.state(request),
-                told or "",
-            ]
-        )
+        known = [request.id, request.reference, request.received.isoformat()]
+        rows.append([*known, due, str(request.rows), now.state(request), told or ""])
     names = ["request", "reference", "received", "due", "rows", "state", "verdict"]
     return Grid("", names, rows, text_columns=7)
 
 
 def served_sentence(now: Standing, folder: Path) -> str:
     """Return which model is served, and how many requests wait."""
-    served = (
-        folder / now.served.folder if now.served else now.recipe.get("models", {}).get("target", "nothing")
-    )
+    target = now.recipe.get("models", {}).get("target", "nothing")
+    served = folder / now.served.folder if now.served else target
     left = sum(map(now.waits, now.requests.values()))
     return f"Served: {served}. {left or 'No'} request{' waits' if left == 1 else 's wait'} to be published."
 
@@ -179,11 +167,8 @@ def checked(ledger: Ledger, against: Path | None) -> dict[str, Any]:
         own = [event.hash for event in events[: len(known)]]
         lost = next((place for place, hash in enumerate(known, 1) if own[place - 1 : place] != [hash]), None)
         ok = lost is None
-        sentence += (
-            f" All {len(known)} events of {against} are there."
-            if ok
-            else f" But event {lost} of {against} is not among them: the ledger was put back."
-        )
+        put_back = f" But event {lost} of {against} is not among them: the ledger was put back."
+        sentence += f" All {len(known)} events of {against} are there." if ok else put_back
     return {"ok": ok, "events": len(events), "head": head, "sentence": sentence}
 
 
@@ -207,23 +192,16 @@ def ledger_page(folder: Path) -> str:
     waiting = sorted(filter(now.waits, now.requests.values()), key=lambda request: request.due)
     late = [request.id for request in waiting if request.due < today and not request.withdrawn]
     light: Light = "red" if late else "amber" if waiting else "green"
-    outcome = (
-        f"{len(late)} of {len(waiting)} overdue" if late else f"{len(waiting)} to be published, none overdue"
-    )
-    model = now.candidate
-    before = now.models[-2] if len(now.models) > 1 else None
-    told = model and [
-        Heading("The model made last"),
-        model.verdict["sentence"],
-        scores_by_request(model, before),
-    ]
+    many, told = len(waiting), list[Any]()
+    outcome = f"{len(late)} of {many} overdue" if late else f"{many} to be published, none overdue"
+    if model := now.candidate:
+        scores = scores_by_request(model, now.models[-2] if len(now.models) > 1 else None)
+        told = [Heading("The model made last"), model.verdict["sentence"], scores]
+    page = partial(_report_of, now, folder)
+    table = requests_grid(now, now.requests.values(), today=today, page=page)
     sections = [
-        *section(
-            "Requests",
-            requests_grid(now, now.requests.values(), today=today, page=partial(_report_of, now, folder)),
-            bar="Requests",
-        ),
-        *section("Model", *(told or ()), bar="Model"),
+        *section("Requests", table, bar="Requests"),
+        *section("Model", *told, bar="Model"),
         *section("Events", f"Head of the chain: {now.head}", events_grid(events), bar="Events"),
     ]
     content = {
@@ -239,7 +217,7 @@ def ledger_page(folder: Path) -> str:
 
 def _report_of(now: Standing, folder: Path, name: str) -> str | None:
     """Return where the report behind a request's verdict is: of its audit, or of the model made for it."""
-    made = next((model.set for model in reversed(now.models) if name in model.requests), None)
+    made = model.set if (model := now.made_for(name)) else ""
     places = (f"audits/{made}/{name}", f"audits/{made}/all", f"models/{made}") if made else ()
     pages = (f"{place}/report.html" for place in places)
     return next((f"/{page}" for page in pages if (folder / page).is_file()), None)

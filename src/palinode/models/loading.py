@@ -91,12 +91,9 @@ def load_model(
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
-            False  # sums stay float32, so that
-        )
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (
-            False  # rows depend less on others
-        )
+        # sums stay float32, so that rows depend less on others
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     require_causal_lm(checkpoint)
     refused = f"{checkpoint.folder} cannot be loaded as a causal language model"
     with quiet_transformers(lambda error: f"{refused} ({_reason(error)})"), unchanged([checkpoint]):

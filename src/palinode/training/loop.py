@@ -40,7 +40,7 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, PalinodeError, ProcessError, RecipeError
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
-from palinode.models.reading import decoder_blocks, never_packed
+from palinode.models.reading import decoder_blocks, never_packed, trained_parameters
 from palinode.processes import abandon, everywhere, meanwhile, said_by_all, sharded, summed, world
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
@@ -388,11 +388,6 @@ class _Run:
         """Where the optimiser holds what it needs."""
         return kind_of(self.optimizer)
 
-    @property
-    def trained(self) -> list[torch.nn.Parameter]:
-        """The parameters that are not frozen."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     def tokens(self, parts: Sequence[Sequence[int]], step: int) -> int:
         """Return the tokens that a step sends through the model."""
         roles = self.objective.reads
@@ -413,8 +408,8 @@ class _Run:
             self.seed + step, lambda: self._backward(coefficients, parts, step // self.per_epoch)
         )
         if not self.shards:
-            add_up(self.trained, self.count)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+            add_up(trained_parameters(self.model), self.count)
+        norm = torch.nn.utils.clip_grad_norm_(trained_parameters(self.model), self.settings.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         members = [place for part in parts for place in part]
         measured = torch.cat([summed(sums), norm.reshape(1).to(sums.dtype)])
@@ -465,9 +460,9 @@ class _Run:
 
     def _hold(self, name: str) -> None:
         """Have what the optimiser needs lie elsewhere from now on."""
-        gradients = [parameter.grad for parameter in self.trained]
+        gradients = [parameter.grad for parameter in trained_parameters(self.model)]
         now = make_optimizer(name, self.model, self.settings)
-        for parameter, gradient in zip(self.trained, gradients, strict=True):
+        for parameter, gradient in zip(trained_parameters(self.model), gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         for group, known in zip(now.param_groups, self.optimizer.param_groups, strict=True):
             group["lr"] = known["lr"]

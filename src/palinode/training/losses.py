@@ -53,9 +53,8 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
         return total
     first = int((batch.labels != IGNORED).any(axis=0).argmax())
     labels = np.full((len(batch.ids), batch.ids.shape[1] - first + 1), IGNORED)
-    labels[:, :-1] = batch.labels[
-        :, first:
-    ]  # the logits from first − 1 on predict them, the last ones nothing
+    # the logits from first − 1 on predict them, the last ones nothing
+    labels[:, :-1] = batch.labels[:, first:]
     if (labels != IGNORED).mean() < MOSTLY_SCORED:
         return answer_nll(model, batch).sum()
     logits = last_logits(model, batch, labels.shape[1])

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, overload
+from typing import NoReturn, cast, overload
 
 from palinode.errors import AlgebraError, InputError, MismatchError
 from palinode.records import packaged
@@ -31,20 +31,26 @@ LARGEST = 3.4e38
 """Largest coefficient: about the largest float32, in which sums are computed."""
 
 
-class Point:
-    """A place in weight space: a `Checkpoint` on disk, or a `WeightedSum` of several."""
+class _Summed:
+    """What is a sum over terms: a point or a direction."""
 
     __slots__ = ()
 
     @property
     def terms(self) -> Mapping[Term, float]:
-        """Coefficient of each term of the sum; those of checkpoints add up to 1."""
-        raise AttributeError("terms")
+        """Coefficient of each term; those of checkpoints add up to 1 in a point, to 0 in a direction."""
+        return {cast(Term, self): 1.0}  # a checkpoint, or a direction on disk, is the sum of itself alone
+
+
+class Point(_Summed):
+    """A place in weight space: a `Checkpoint` on disk, or a `WeightedSum` of several."""
+
+    __slots__ = ()
 
     @property
     def anchor(self) -> Checkpoint:
-        """The checkpoint that lends its layout, config and tokenizer: the leftmost one of the sum."""
-        raise AttributeError("anchor")
+        """The checkpoint that lends its layout, config and tokenizer: itself, or a sum's leftmost one."""
+        return cast(Checkpoint, self)
 
     def __add__(self, other: object) -> WeightedSum:
         if isinstance(other, Direction):
@@ -83,16 +89,6 @@ class Checkpoint(ModelFolder, Point):
 
     __slots__ = ()
 
-    @property
-    def terms(self) -> Mapping[Term, float]:
-        """A checkpoint is the sum of itself alone."""
-        return {self: 1.0}
-
-    @property
-    def anchor(self) -> Checkpoint:
-        """The checkpoint itself."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum(Point):
@@ -114,18 +110,13 @@ class WeightedSum(Point):
         return save(self, Path(output), dtype=dtype, rounding=rounding, seed=seed, along=along or {})
 
 
-class Direction:
+class Direction(_Summed):
     """A way to go in weight space: `theta_1 - base`, a `Displacement` on disk, or any sum of such.
 
     It is scaled by a number, added to other directions, and added to a point.
     """
 
     __slots__ = ()
-
-    @property
-    def terms(self) -> Mapping[Term, float]:
-        """Coefficient of each term of the sum; those of checkpoints add up to 0."""
-        raise AttributeError("terms")
 
     def __add__(self, other: object) -> Direction:
         if isinstance(other, Direction):
@@ -170,11 +161,6 @@ class StoredDirection(Displacement, Direction):
     """A direction that lies on disk by itself. Two openings of one folder are equal."""
 
     __slots__ = ()
-
-    @property
-    def terms(self) -> Mapping[Term, float]:
-        """It is the sum of itself alone."""
-        return {self: 1.0}
 
 
 def _sum(first: Mapping[Term, float], factor: float, second: Mapping[Term, float]) -> dict[Term, float]:

@@ -348,11 +348,7 @@ class CombinedLogits(PreTrainedModel, GenerationMixin):
         self.train(False)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        logits_to_keep: int = 0,
-        **_others: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0, **_others: Any
     ) -> CausalLMOutput:
         """Return the combined logits of the last `logits_to_keep` positions, or of all."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}

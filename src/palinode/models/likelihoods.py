@@ -254,11 +254,7 @@ def _grow(rows: Sequence[TokenRow], members: Sequence[int]) -> Tree:
             branches.append((parent, begin, len(ids)))
         paths.append(np.array(path, np.int64))
     return Tree(
-        np.array(ids, np.int64),
-        np.array(positions, np.int64),
-        tuple(branches),
-        tuple(members),
-        tuple(paths),
+        np.array(ids, np.int64), np.array(positions, np.int64), tuple(branches), tuple(members), tuple(paths)
     )
 
 

@@ -10,16 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from palinode.records import packaged_table
-from palinode.report.content import (
-    SAYS,
-    Block,
-    Grid,
-    GridCell,
-    Picture,
-    Row,
-    Section,
-    section,
-)
+from palinode.report.content import SAYS, Block, Grid, GridCell, Picture, Row, Section, section
 from palinode.report.pictures import tradeoff_figure
 from palinode.report.words import (
     DASH,

@@ -10,17 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palinode.records import Outcome
-from palinode.report.content import (
-    SAYS,
-    Block,
-    Grid,
-    GridCell,
-    Heading,
-    Picture,
-    Row,
-    Section,
-    section,
-)
+from palinode.report.content import SAYS, Block, Grid, GridCell, Heading, Picture, Row, Section, section
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down, picture_file
 from palinode.report.words import DASH, number, words
 
@@ -399,12 +389,7 @@ def influence_section(told: Mapping[str, Any]) -> list[Section]:
             Grid("Its rows", ["row", "score"], [[row["place"], _score(row)] for row in one["rows"]]),
         )
     ]
-    return section(
-        "Rows behind an answer",
-        *grids,
-        bar="Rows",
-        intro=SAYS["influence"].format_map(told),
-    )
+    return section("Rows behind an answer", *grids, bar="Rows", intro=SAYS["influence"].format_map(told))
 
 
 def _set_blocks(told: Mapping[str, Any]) -> list[Block]:

@@ -278,11 +278,7 @@ def _text(
 
 
 def _line(
-    points: Iterable[tuple[float, float]],
-    colour: str,
-    dash: str = "solid",
-    width: float = 1,
-    said: str = "",
+    points: Iterable[tuple[float, float]], colour: str, dash: str = "solid", width: float = 1, said: str = ""
 ) -> str:
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dashes = f' stroke-dasharray="{DASHES[dash]}"' if DASHES[dash] else ""

@@ -212,11 +212,7 @@ def _must_be_apart(
 
 
 def _keep(
-    objective: Objective,
-    model: PreTrainedModel,
-    cast: Joined,
-    settings: TrainingSettings,
-    pad_id: int,
+    objective: Objective, model: PreTrainedModel, cast: Joined, settings: TrainingSettings, pad_id: int
 ) -> dict[str, FrozenValues]:
     """Return, by term, what the model says now of all rows that the term will see, if they bring nothing."""
     found = dict(cast.frozen)
@@ -656,9 +652,7 @@ class _Run:
             self.state.write(self.model, self.optimizer, self.kind, self.curve)
 
     def resume(
-        self,
-        on_progress: Callable[[int], None] | None,
-        steps: Sequence[Sequence[Sequence[int]]],
+        self, on_progress: Callable[[int], None] | None, steps: Sequence[Sequence[Sequence[int]]]
     ) -> None:
         """Go on from a saved state where there is one; it does not matter how many processes saved it."""
         if self.state is None or (kind := self.state.kind()) is None:

@@ -23,13 +23,7 @@ from transformers import PreTrainedModel
 
 from palinode.data.batches import IGNORED, Batch
 from palinode.models.likelihoods import LOGIT_BYTES, has_plain_head
-from palinode.models.reading import (
-    answer_nll,
-    answer_places,
-    last_logits,
-    model_inputs,
-    on_device,
-)
+from palinode.models.reading import answer_nll, answer_places, last_logits, model_inputs, on_device
 
 WHOLE = 8
 """On a processor so many times `LOGIT_BYTES` of logits still exist as a whole, which is a little faster."""

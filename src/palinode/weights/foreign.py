@@ -74,8 +74,7 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     _refuse_own_code(folder)
     place = None if "state_dict" in options else folder
     return _without_code(
-        folder,
-        lambda: kind.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options),
+        folder, lambda: kind.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options)
     )
 
 

@@ -409,15 +409,12 @@ def _reason(error: Exception) -> str:
 
 def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     """Refuse a model part of whose weights were made up or left out: transformers would only warn."""
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder} lacks {len(missing)} weights that its config asks for "
-            f"(first: {missing[0]}); are config.json and the weights of the same model?"
-        )
+    # old checkpoints hold buffers that nobody misses; those are no weights
     unused = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".weight"))
-    if unused:  # old checkpoints hold buffers that nobody misses; those are no weights
-        raise CheckpointError(
-            f"{checkpoint.folder} holds {len(unused)} weights that its config makes no use of "
-            f"(first: {unused[0]}); are config.json and the weights of the same model?"
-        )
+    missing = sorted(info.get("missing_keys", ()))
+    for names, has, told in ((missing, "lacks", "asks for"), (unused, "holds", "makes no use of")):
+        if names:
+            raise CheckpointError(
+                f"{checkpoint.folder} {has} {len(names)} weights that its config {told} (first: {names[0]}); "
+                "are config.json and the weights of the same model?"
+            )

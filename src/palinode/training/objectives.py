@@ -249,11 +249,7 @@ def term(
 
 def answer_term(name: str, *roles: str, coefficient: float | Coefficient = 1.0) -> Term:
     """Return CE = Σ nll / Σ n over the answers of these roles, one token mean (spec: baselines.md §0)."""
-
-    def total(model: PreTrainedModel, batch: Batch, _frozen: Tensor | None) -> Tensor:
-        return summed_nll(model, batch)
-
-    return Term(name, roles, total, scored_tokens, coefficient)
+    return Term(name, roles, lambda model, batch, _: summed_nll(model, batch), scored_tokens, coefficient)
 
 
 PLAIN_OBJECTIVE = Objective((answer_term("answer", "rows"),), anchor="rows")

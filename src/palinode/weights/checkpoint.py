@@ -23,8 +23,9 @@ from palinode.records import packaged
 from palinode.weights.arithmetic import NAMES, Rounding, Settings, combined, formula
 from palinode.weights.displacement import Displacement, Term
 from palinode.weights.folders import ModelFolder
+from palinode.weights.geometry import Dose
 from palinode.weights.preflight import Rows, check_fit
-from palinode.weights.store import Written, plan, write
+from palinode.weights.store import plan, write
 from palinode.weights.tensors import is_head
 
 LARGEST = 3.4e38
@@ -187,10 +188,18 @@ def _finite(number: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved(Written):
+class Saved:
     """A model folder that was written, and how much of the change asked for arrived in it."""
 
-    checkpoint: Checkpoint = field(kw_only=True)
+    checkpoint: Checkpoint
+    dose: Dose
+    rounding: str
+    """The one that was used: "nearest" or "stochastic"."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
+    hashed before ("check"); of naming ("publish")."""
 
 
 def save(
@@ -229,8 +238,7 @@ def save(
     lines = {name: line.terms for name, line in (along or {}).items()}
     job = plan(formula(point.anchor, point.terms, lines), place, asked, rows, workers)
     written = write(job, check=check, divided=divided, on_progress=on_progress)
-    parts = (written.dose, written.rounding, written.notes, written.seconds)
-    return Saved(*parts, checkpoint=Checkpoint.open(place))
+    return Saved(Checkpoint.open(place), *written)
 
 
 # The same weighted sum as a recipe for mergekit, so that anyone can check a result with another tool. The

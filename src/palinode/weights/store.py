@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,18 +191,8 @@ Checksums = dict[tuple[str, int], int]
 """Sum of the 64-bit words of each block of 512 KiB, by tensor and number of the block."""
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """How a model folder was written, and how much of the change asked for arrived in it."""
-
-    dose: Dose
-    rounding: str
-    """The one that was used: "nearest" or "stochastic"."""
-    notes: tuple[str, ...] = ()
-    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
-    hashed before ("check"); of naming ("publish")."""
+Written = tuple[Dose, str, tuple[str, ...], Mapping[str, float]]
+"""Dose, rounding, notes and seconds, as `checkpoint.Saved` has them."""
 
 
 # The plan
@@ -293,7 +283,7 @@ def write(job: _Job, *, check: bool, divided: bool, on_progress: Callable[[int],
             f"an earlier run was interrupted while it wrote {job.output.name}; what it left was cleared away"
         )
         notes = (told, *notes)
-    return Written(dose, job.settings.rounding, notes, seconds)
+    return dose, job.settings.rounding, notes, seconds
 
 
 def _fill_together(

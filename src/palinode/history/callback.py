@@ -169,12 +169,8 @@ class ExposureCallback(TrainerCallback):
     ) -> None:
         self._folder = folder
         self._hashes = as_hashes(hashes)
-        self._of: dict[str, Any] = {
-            "data": fingerprint_rows(self._hashes),
-            "tokenizer": fingerprint_tokenizer(tokenizer),
-            "run": run,
-            "salt": salt,
-        }
+        self._of: dict[str, Any] = {"data": fingerprint_rows(self._hashes), "run": run, "salt": salt}
+        self._of["tokenizer"] = fingerprint_tokenizer(tokenizer)
         self._ids = ids
         self._seen = _Seen()
         self._micro_batch: torch.Tensor | None = None
@@ -188,13 +184,8 @@ class ExposureCallback(TrainerCallback):
             self._hook.remove()  # a training before this one was broken off
         loader = kwargs["train_dataloader"]
         self._table = RowTable(loader.dataset, self._hashes, ids=self._ids)
-        self._log = ExposureLog.open(
-            self._folder,
-            **self._of,
-            start=state.global_step,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
+        place = {"start": state.global_step, "rank": args.process_index, "world_size": args.world_size}
+        self._log = ExposureLog.open(self._folder, **self._of, **place)
         owner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders hold the real one
         owner.collate_fn = Carrying(owner.collate_fn, self._ids)
         self._hook = kwargs["model"].register_forward_pre_hook(self._before_forward, with_kwargs=True)

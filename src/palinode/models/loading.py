@@ -115,13 +115,8 @@ def load_classifier(
     tokenizer = from_pretrained(AutoTokenizer, folder)
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with bounded(folder / "config.json", tensors=min(5_000, nbytes), numbers=nbytes):
-        model, report = from_pretrained(
-            AutoModelForSequenceClassification,
-            folder,
-            use_safetensors=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
+        options = {"use_safetensors": True, "attn_implementation": "eager", "output_loading_info": True}
+        model, report = from_pretrained(AutoModelForSequenceClassification, folder, **options)
     return tokenizer, model.to(device).eval(), sorted(report["missing_keys"])
 
 
@@ -158,18 +153,11 @@ def _build(
     checkpoint: Checkpoint, dtype: torch.dtype, attention: str, placed: Mapping[str, Any] | None = None
 ) -> Any:
     """Return (model, loading info), with SDPA attention where the architecture has it."""
-    kind, parts = _loader(checkpoint)
+    kind, options = _loader(checkpoint)
+    options |= {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
     try:
         with no_larger_than(checkpoint):
-            return from_pretrained(
-                kind,
-                checkpoint.folder,
-                dtype=dtype,
-                attn_implementation=attention,
-                output_loading_info=True,
-                **parts,
-                **(placed or {}),
-            )
+            return from_pretrained(kind, checkpoint.folder, **options, **(placed or {}))
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
@@ -212,11 +200,8 @@ def outline(location: Path | str) -> Checkpoint:
 
 def no_larger_than(checkpoint: Checkpoint) -> AbstractContextManager[None]:
     """Refuse to build a model that outgrows the weights of a checkpoint."""
-    return bounded(
-        checkpoint.folder / "config.json",
-        tensors=len(checkpoint.tensors),
-        numbers=sum(info.size for info in checkpoint.tensors.values()),
-    )
+    sizes = [info.size for info in checkpoint.tensors.values()]
+    return bounded(checkpoint.folder / "config.json", tensors=len(sizes), numbers=sum(sizes))
 
 
 def _loader(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:

@@ -235,15 +235,10 @@ def _method_section(content: Mapping[str, Any]) -> list[Section]:
 
 def _scale_section(content: Mapping[str, Any]) -> list[Section]:
     scales = content.get("scales") or {}
+    label = "Forget against retain probability, for every pair of scales and every model"
     return section(
         "Forgetting against keeping",
-        Picture(
-            "tradeoff",
-            "Forget against retain probability, for every pair of scales and every model",
-            tradeoff_figure(content),
-            caption=SAYS["tradeoff"],
-            picks=True,
-        ),
+        Picture("tradeoff", label, tradeoff_figure(content), caption=SAYS["tradeoff"], picks=True),
         " ".join([*_scale_sentences(scales), *changes_told(content)]) if scales else None,
         Strong(warning) if (warning := at(scales, "yardstick", "warning")) else None,
         _scale_grid(

@@ -146,18 +146,13 @@ def finetune(
         write_model(model, base, output, curve)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    return Finetuned(
-        base,
-        LoraAdapter.open(output) if settings.lora else Checkpoint.open(output),
-        curve,
-        tokens,
-        time.monotonic() - started,
-        count_steps([len(row.ids) for row in cast.anchors], settings),
-        {
-            role: frozenset(cast.rows[role][place].example for place in cast.used(role))
-            for role in (cast.anchor, *cast.draws)
-        },
-    )
+    saved = LoraAdapter.open(output) if settings.lora else Checkpoint.open(output)
+    planned = count_steps([len(row.ids) for row in cast.anchors], settings)
+    seen = {
+        role: frozenset(cast.rows[role][place].example for place in cast.used(role))
+        for role in (cast.anchor, *cast.draws)
+    }
+    return Finetuned(base, saved, curve, tokens, time.monotonic() - started, planned, seen)
 
 
 def _cast(

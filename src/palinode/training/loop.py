@@ -627,9 +627,8 @@ class _Run:
         members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
         rows = [self.cast.rows[role][place] for role, place in members]
         size = len(rows) * max((len(row.ids) for row in rows), default=0)
-        pad = partial(
-            pad_right, pad_id=self.pad_id, multiple=COMPILED_LENGTHS if self.settings.compile else 1
-        )
+        multiple = COMPILED_LENGTHS if self.settings.compile else 1
+        pad = partial(pad_right, pad_id=self.pad_id, multiple=multiple)
         if self.apart:
             for row, member in zip(rows, members, strict=True):
                 yield pad([row]), [member]

@@ -251,11 +251,8 @@ def write(job: _Job, *, check: bool, divided: bool, on_progress: Callable[[int],
     check = check or divided
     seconds, left = dict[str, float](), beside(job.output).exists() and not is_claimed(beside(job.output))
     with claimed(job.output) as partial:
-        check_output(
-            job.output,
-            [term.folder for term in job.formula.operands],
-            needs=sum(file.size for file in job.files),
-        )
+        inputs = [term.folder for term in job.formula.operands]
+        check_output(job.output, inputs, needs=sum(file.size for file in job.files))
         with ExitStack() as stack, _timed(seconds, "sum"):
             out = OutputFiles(job.files, partial, stack)
             if divided:

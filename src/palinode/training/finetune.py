@@ -329,11 +329,8 @@ def write_adapter(model: PreTrainedModel, output: Path, curve: Sequence[CurvePoi
 def _linear_layers(model: PreTrainedModel, ends: Sequence[str] | None) -> dict[str, torch.nn.Module]:
     """Return the linear layers of the decoder blocks by name: those asked for, or all."""
     found = linear_layers(model)
-    chosen = {
-        name: module
-        for name, module in found
-        if ends is None or any(f".{name}".endswith(f".{end}") for end in ends)
-    }
+    last = ("",) if ends is None else tuple(f".{end}" for end in ends)
+    chosen = {name: module for name, module in found if f".{name}".endswith(last)}
     if not chosen:
         names = sorted({name.rpartition(".")[2] for name, _ in found})
         raise RecipeError(

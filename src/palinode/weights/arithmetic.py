@@ -79,9 +79,8 @@ def apart(terms: Iterable[Term]) -> tuple[tuple[ModelFolder, ...], tuple[Displac
 
 def over_rows(lines: Iterable[Mapping[Term, float]], rows: Sequence[Term | None]) -> np.ndarray:
     """Return sums as coefficients over the terms of these rows, [lines, rows]."""
-    return np.array([[line.get(row, 0.0) if row else 0.0 for row in rows] for line in lines]).reshape(
-        -1, len(rows)
-    )
+    coefficients = [line.get(row, 0.0) if row else 0.0 for line in lines for row in rows]
+    return np.array(coefficients, np.float64).reshape(-1, len(rows))
 
 
 def layout_of(terms: Iterable[Term]) -> list[TensorInfo]:
@@ -331,9 +330,8 @@ class Operands:
         out[:] = decode(raw, info.dtype) if info.dtype == "BF16" else raw
 
     def _bytes(self, info: TensorInfo, part: Slice) -> np.ndarray:
-        raw = self.buffer("raw", 1, part.count * info.itemsize, np.dtype(np.uint8))[
-            0, : part.count * info.itemsize
-        ]
+        size = part.count * info.itemsize
+        raw = self.buffer("raw", 1, size, np.dtype(np.uint8))[0, :size]
         info.read(self._files, part.start * info.itemsize, raw.data)
         return raw
 

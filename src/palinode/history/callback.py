@@ -138,15 +138,14 @@ class _Seen:
             event.record()
         self._parts.append((carried, event))
 
-    def take(self) -> npt.NDArray[np.int64]:
-        """Return int64 [n, 3] of everything since the last call."""
+    def take(self, table: RowTable) -> tuple[Hashes, int]:
+        """Return the hashes of all rows since the last call, and their tokens."""
         for _, event in self._parts:
             if event is not None:
                 event.synchronize()
-        found = [np.empty((0, 3), np.int64), *(part.numpy() for part, _ in self._parts)]
+        whole = np.concatenate([np.empty((0, 3), np.int64), *(part.numpy() for part, _ in self._parts)])
         self._parts = []
-        whole: npt.NDArray[np.int64] = np.concatenate(found)
-        return whole
+        return table.find(whole[:, :2]), int(whole[:, 2].sum())
 
 
 class ExposureCallback(TrainerCallback):
@@ -169,12 +168,8 @@ class ExposureCallback(TrainerCallback):
     ) -> None:
         self._folder = folder
         self._hashes = as_hashes(hashes)
-        self._of: dict[str, Any] = {
-            "data": fingerprint_rows(self._hashes),
-            "tokenizer": fingerprint_tokenizer(tokenizer),
-            "run": run,
-            "salt": salt,
-        }
+        self._of: dict[str, Any] = {"data": fingerprint_rows(self._hashes), "run": run, "salt": salt}
+        self._of["tokenizer"] = fingerprint_tokenizer(tokenizer)
         self._ids = ids
         self._seen = _Seen()
         self._micro_batch: torch.Tensor | None = None
@@ -188,13 +183,8 @@ class ExposureCallback(TrainerCallback):
             self._hook.remove()  # a training before this one was broken off
         loader = kwargs["train_dataloader"]
         self._table = RowTable(loader.dataset, self._hashes, ids=self._ids)
-        self._log = ExposureLog.open(
-            self._folder,
-            **self._of,
-            start=state.global_step,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
+        place = {"start": state.global_step, "rank": args.process_index, "world_size": args.world_size}
+        self._log = ExposureLog.open(self._folder, **self._of, **place)
         owner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders hold the real one
         owner.collate_fn = Carrying(owner.collate_fn, self._ids)
         self._hook = kwargs["model"].register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -208,14 +198,13 @@ class ExposureCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Record the optimiser step that has just been made."""
         self.on_substep_end(args, state, control)
-        rows = self._seen.take()
-        if not len(rows):
+        found, tokens = self._seen.take(self._table)
+        if not len(found):
             raise DataError(
                 f"no batch of step {state.global_step} says which rows it holds; do not replace the "
                 "Trainer's loader or its collator while it trains, or log with LoggedLoader"
             )
-        found = self._table.find(rows[:, :2])
-        self._log.record(state.global_step, found, epoch=state.epoch, tokens=int(rows[:, 2].sum()))
+        self._log.record(state.global_step, found, epoch=state.epoch, tokens=tokens)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Seal the log up to the checkpoint."""
@@ -303,8 +292,7 @@ class LoggedLoader(AbstractContextManager["LoggedLoader"]):
         self._step += 1
         tokens = None
         if isinstance(self._table, RowTable):
-            carried = self._seen.take()
-            found, tokens = self._table.find(carried[:, :2]), int(carried[:, 2].sum())
+            found, tokens = self._seen.take(self._table)
         else:
             found = self._table[np.array(self._numbers, np.int64)]
         self._log.record(self._step, found, epoch=epoch, tokens=tokens)

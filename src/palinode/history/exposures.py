@@ -173,10 +173,8 @@ def _groups(metadata: Any, keys: npt.NDArray[np.uint64] | None) -> list[int]:
     if keys is None:
         return groups
     bounds = [metadata.row_group(group).column(0).statistics for group in groups]
-    least, greatest = (
-        np.array([int.from_bytes(bound[:8], "big") for bound in column], np.uint64)
-        for column in ([one.min for one in bounds], [one.max for one in bounds])
-    )
+    ends = [int.from_bytes(end[:8], "big") for one in bounds for end in (one.min, one.max)]
+    least, greatest = np.array(ends, np.uint64).reshape(-1, 2).T
     held = np.searchsorted(keys, greatest, "right") > np.searchsorted(keys, least)
     return np.flatnonzero(held).tolist()
 

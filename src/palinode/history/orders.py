@@ -321,18 +321,15 @@ class OlmoCoreOrder:
                 f"max_target_sequence_length {longest} is no multiple of the sequence length "
                 f"{self.sequence_length}"
             )
-        counts = [
-            len(_read_array(file, self.dtype)) // longest * (longest // self.sequence_length)
-            for file in self.files
-        ]
+        each = longest // self.sequence_length
+        counts = [len(_read_array(file, self.dtype)) // longest * each for file in self.files]
         return np.cumsum(np.array(counts, np.int64))
 
     @cached_property
     def _documents(self) -> tuple[list[Ints], list[int]]:
         """Where the documents of each file end, and how many lie in the files before it."""
-        ends = [
-            _document_ends(_read_array(file, self.dtype), self.eos_id, self.bos_id) for file in self.files
-        ]
+        arrays = (_read_array(file, self.dtype) for file in self.files)
+        ends = [_document_ends(tokens, self.eos_id, self.bos_id) for tokens in arrays]
         return ends, [0, *np.cumsum([len(own) for own in ends]).tolist()]
 
 

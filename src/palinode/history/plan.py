@@ -110,11 +110,7 @@ def plan(wish: Wish) -> list[Schedule]:
     count, thinned = min(wish.room, len(wish.saves)), list[int]()
     for step in wish.saves:  # every save beyond the budget throws one out
         thinned = thin([*thinned, step], count, wish, now=step)
-    made = {
-        "uniform": uniform_steps(wish, count),
-        "thinning": thinned,
-        "solved": solved_steps(wish, count),
-    }
+    made = {"uniform": uniform_steps(wish, count), "thinning": thinned, "solved": solved_steps(wish, count)}
     schedules = []
     for name, kept in made.items():
         expected = expected_distance(wish, kept)

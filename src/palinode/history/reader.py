@@ -101,11 +101,8 @@ def find_files(
     notes = [note for _, note in opened if note]
     files = [file for file, _ in opened if file]
     limits = {session.number: _limit(session.number, sessions) for session in sessions}
-    notes += [
-        SAYS["no_session"].format(file=file.name, session=file.session)
-        for file in files
-        if file.session not in limits
-    ]
+    stray = [file for file in files if file.session not in limits]
+    notes += [SAYS["no_session"].format(file=file.name, session=file.session) for file in stray]
     files = [replace(file, limit=limits[file.session]) for file in files if file.session in limits]
     return _without_overlaps(files, notes), notes
 

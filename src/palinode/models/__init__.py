@@ -7,14 +7,6 @@ from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_
 from palinode.models.reading import answer_logits, answer_nll
 
 __all__ = [
-    "CombinedLogits",
-    "answer_logits",
-    "answer_nll",
-    "generate",
-    "load_model",
-    "load_tokenizer",
-    "pad_token",
-    "pick_device",
-    "put",
-    "score_rows",
-]
+    "CombinedLogits", "answer_logits", "answer_nll", "generate", "load_model", "load_tokenizer", "pad_token",
+    "pick_device", "put", "score_rows",
+]  # fmt: skip

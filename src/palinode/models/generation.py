@@ -25,11 +25,9 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache, DynamicLayer
@@ -547,7 +545,7 @@ def _answer_in_batches(
             begun = [(*answer.prompt, *answer.said) for answer in members]
             room = max(answer.room - len(answer.said) for answer in members)
             room = room if limit is None else min(room, limit + 1 - max(map(len, begun)))
-            _run(model, begun, partial(rules.go_on, members), [_AllOver(members)], room, pad_id)
+            _run(model, begun, partial(rules.go_on, members), members, room, pad_id)
             members = [answer for answer in members if not answer.over]
         report(len(places))
 
@@ -556,14 +554,23 @@ def _run(
     model: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     choose: Callable[[Tensor], Sequence[int]],
-    over: Sequence[StoppingCriteria],
+    answers: Sequence[_Answer],
     most: int,
     pad_id: int,
 ) -> None:
     """Go on with rows, padded on the left, by `model.generate`; `choose` makes the next tokens of logits.
 
-    The model's own generation config is put aside: its beams and penalties would enter any other.
+    It ends when the answers, if there are any, are over. The model's own generation config is put aside: its
+    beams and penalties would enter any other.
     """
+
+    def forced(_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = torch.tensor(choose(scores), device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
+
+    def ended(ids: Tensor, _scores: Tensor, **_: object) -> Tensor:
+        return torch.tensor([answer.over for answer in answers], device=ids.device)
+
     ids, mask = (torch.from_numpy(part).to(model.device) for part in pad_left(rows, pad_id=pad_id))
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -574,32 +581,11 @@ def _run(
             model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
-                logits_processor=LogitsProcessorList([_Forced(choose)]),
-                stopping_criteria=StoppingCriteriaList(over),
+                logits_processor=LogitsProcessorList([forced]),
+                stopping_criteria=StoppingCriteriaList([ended] if answers else []),
             )
     finally:
         model.generation_config = own
-
-
-class _Forced(LogitsProcessor):
-    """Has the next tokens chosen, and leaves transformers no choice but to take them."""
-
-    def __init__(self, choose: Callable[[Tensor], Sequence[int]]):
-        self.choose = choose
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        chosen = torch.tensor(self.choose(scores), device=scores.device)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen[:, None], 0.0)
-
-
-class _AllOver(StoppingCriteria):
-    """Ends a batch when all its answers are over."""
-
-    def __init__(self, answers: Sequence[_Answer]):
-        self.answers = answers
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # noqa: ARG002
-        return torch.tensor([answer.over for answer in self.answers], device=input_ids.device)
 
 
 def stops_of(

@@ -55,21 +55,26 @@ ROOM = 0.15
 
 
 class PutSettings(TypedDict, total=False):
-    """The options of `LiveModel.put`."""
+    """How `LiveModel.put` forms and rounds a sum: as `weights.save` does."""
 
     dtype: str | None
     rounding: str
     seed: int
     precision: str
-    only: Callable[[str], bool] | None
 
 
-def put(point: Point, model: PreTrainedModel, **settings: Unpack[PutSettings]) -> None:
+def put(
+    point: Point,
+    model: PreTrainedModel,
+    *,
+    only: Callable[[str], bool] | None = None,
+    **how: Unpack[PutSettings],
+) -> None:
     """Overwrite the model's parameters with the point's values, once: `LiveModel.put`, with all its options.
 
     The model may be on any device: sums are formed on the processor.
     """
-    LiveModel(model, held=False).put(point, **settings)
+    LiveModel(model, held=False).put(point, only=only, **how)
 
 
 class LiveModel:
@@ -87,14 +92,7 @@ class LiveModel:
         self._held = _HeldOperands(model.device) if held else None
 
     def put(
-        self,
-        point: Point,
-        *,
-        dtype: str | None = None,
-        rounding: str = "auto",
-        seed: int = 0,
-        precision: str = "float32",
-        only: Callable[[str], bool] | None = None,
+        self, point: Point, *, only: Callable[[str], bool] | None = None, **how: Unpack[PutSettings]
     ) -> None:
         """Overwrite the model's parameters with the point's values.
 
@@ -103,7 +101,7 @@ class LiveModel:
         Raises MismatchError when the model's parameters and the checkpoint's tensors are not the same.
         """
         anchor, form = point.anchor, formula(point.anchor, point.terms)
-        asked = Settings(dtype, rounding, seed, precision)
+        asked = Settings(**how)
         check_fit(anchor, [other for other in form.checkpoints if other != anchor])
         check_files(form.checkpoints)
         check_displacements(anchor, form.displacements)
@@ -348,11 +346,7 @@ class CombinedLogits(PreTrainedModel, GenerationMixin):
         self.train(False)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        logits_to_keep: int = 0,
-        **_others: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, logits_to_keep: int = 0, **_others: Any
     ) -> CausalLMOutput:
         """Return the combined logits of the last `logits_to_keep` positions, or of all."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}

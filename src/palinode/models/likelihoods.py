@@ -254,11 +254,7 @@ def _grow(rows: Sequence[TokenRow], members: Sequence[int]) -> Tree:
             branches.append((parent, begin, len(ids)))
         paths.append(np.array(path, np.int64))
     return Tree(
-        np.array(ids, np.int64),
-        np.array(positions, np.int64),
-        tuple(branches),
-        tuple(members),
-        tuple(paths),
+        np.array(ids, np.int64), np.array(positions, np.int64), tuple(branches), tuple(members), tuple(paths)
     )
 
 
@@ -462,10 +458,9 @@ class _Scorer:
             )
         ends = np.cumsum([rows[place].scored for place, _ in members])[:-1]
         parts = zip(*(np.split(part, ends) for part in (logprobs, hits, standardised)), strict=True)
+        told = 3 if self.standardise else 2
         return {
-            place: TokenScores(*(tuple(part.tolist()) for part in three))
-            if self.standardise
-            else TokenScores(tuple(three[0].tolist()), tuple(three[1].tolist()))
+            place: TokenScores(*(tuple(part.tolist()) for part in three[:told]))
             for (place, _), three in zip(members, parts, strict=True)
         }
 

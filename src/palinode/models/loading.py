@@ -91,12 +91,9 @@ def load_model(
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
-            False  # sums stay float32, so that
-        )
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (
-            False  # rows depend less on others
-        )
+        # sums stay float32, so that rows depend less on others
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     require_causal_lm(checkpoint)
     refused = f"{checkpoint.folder} cannot be loaded as a causal language model"
     with quiet_transformers(lambda error: f"{refused} ({_reason(error)})"), unchanged([checkpoint]):
@@ -118,13 +115,8 @@ def load_classifier(
     tokenizer = from_pretrained(AutoTokenizer, folder)
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with bounded(folder / "config.json", tensors=min(5_000, nbytes), numbers=nbytes):
-        model, report = from_pretrained(
-            AutoModelForSequenceClassification,
-            folder,
-            use_safetensors=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-        )
+        options = {"use_safetensors": True, "attn_implementation": "eager", "output_loading_info": True}
+        model, report = from_pretrained(AutoModelForSequenceClassification, folder, **options)
     return tokenizer, model.to(device).eval(), sorted(report["missing_keys"])
 
 
@@ -161,18 +153,11 @@ def _build(
     checkpoint: Checkpoint, dtype: torch.dtype, attention: str, placed: Mapping[str, Any] | None = None
 ) -> Any:
     """Return (model, loading info), with SDPA attention where the architecture has it."""
-    kind, parts = _loader(checkpoint)
+    kind, options = _loader(checkpoint)
+    options |= {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
     try:
         with no_larger_than(checkpoint):
-            return from_pretrained(
-                kind,
-                checkpoint.folder,
-                dtype=dtype,
-                attn_implementation=attention,
-                output_loading_info=True,
-                **parts,
-                **(placed or {}),
-            )
+            return from_pretrained(kind, checkpoint.folder, **options, **(placed or {}))
     except ValueError as error:
         if attention == "eager" or "scaled_dot_product_attention" not in str(error):
             raise
@@ -215,11 +200,8 @@ def outline(location: Path | str) -> Checkpoint:
 
 def no_larger_than(checkpoint: Checkpoint) -> AbstractContextManager[None]:
     """Refuse to build a model that outgrows the weights of a checkpoint."""
-    return bounded(
-        checkpoint.folder / "config.json",
-        tensors=len(checkpoint.tensors),
-        numbers=sum(info.size for info in checkpoint.tensors.values()),
-    )
+    sizes = [info.size for info in checkpoint.tensors.values()]
+    return bounded(checkpoint.folder / "config.json", tensors=len(sizes), numbers=sum(sizes))
 
 
 def _loader(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
@@ -412,15 +394,12 @@ def _reason(error: Exception) -> str:
 
 def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     """Refuse a model part of whose weights were made up or left out: transformers would only warn."""
-    missing = sorted(info.get("missing_keys", ()))
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder} lacks {len(missing)} weights that its config asks for "
-            f"(first: {missing[0]}); are config.json and the weights of the same model?"
-        )
+    # old checkpoints hold buffers that nobody misses; those are no weights
     unused = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".weight"))
-    if unused:  # old checkpoints hold buffers that nobody misses; those are no weights
-        raise CheckpointError(
-            f"{checkpoint.folder} holds {len(unused)} weights that its config makes no use of "
-            f"(first: {unused[0]}); are config.json and the weights of the same model?"
-        )
+    missing = sorted(info.get("missing_keys", ()))
+    for names, has, told in ((missing, "lacks", "asks for"), (unused, "holds", "makes no use of")):
+        if names:
+            raise CheckpointError(
+                f"{checkpoint.folder} {has} {len(names)} weights that its config {told} (first: {names[0]}); "
+                "are config.json and the weights of the same model?"
+            )

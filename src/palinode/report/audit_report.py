@@ -72,12 +72,9 @@ def audit_brief(record: Mapping[str, Any]) -> list[Block]:
         for attack, test, entry in _tests(record)
     ]
     untested = record["answer"]["not_tested"].items()
+    head = ["test", *models, "difference", "verdict"]
     return [
-        Grid(
-            "Higher means that it knows more; 95 % intervals",
-            ["test", *models, "difference", "verdict"],
-            rows,
-        ),
+        Grid("Higher means that it knows more; 95 % intervals", head, rows),
         [f"Not tested: {told}" for told in told_by_reason(untested)],
         [f"Note: {note}" for note in record.get("notes", ())],
         (
@@ -106,14 +103,10 @@ def audit_section(record: Mapping[str, Any]) -> list[Section]:
         for attack, test, entry in _tests(record)
     ]
     head = ["test", "verdict", *models, "difference", "margins (less, more)"]
+    label = "Difference between model and reference model by test"
     return section(
         "Under attack",
-        Picture(
-            "attacks",
-            "Difference between model and reference model by test",
-            attack_figure(record),
-            caption=SAYS["attacks_picture"],
-        ),
+        Picture("attacks", label, attack_figure(record), caption=SAYS["attacks_picture"]),
         Grid("Every test of the audit", head, rows, text_columns=2),
         *_relearning(record),
         SAYS["budget"].format_map(record["policy"]),

@@ -10,16 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from palinode.records import packaged_table
-from palinode.report.content import (
-    SAYS,
-    Block,
-    Grid,
-    GridCell,
-    Picture,
-    Row,
-    Section,
-    section,
-)
+from palinode.report.content import SAYS, Block, Grid, GridCell, Picture, Row, Section, section
 from palinode.report.pictures import tradeoff_figure
 from palinode.report.words import (
     DASH,
@@ -135,17 +126,12 @@ def _point_section(table: Figures) -> list[Section]:
         for point in entry["points"]
     ]
     head = ["method", "point", "forget probability", "retain probability", "keeps the rule", ""]
+    label = "Forget against retain probability for every point of every method"
+    drawn, caption = tradeoff_figure({"table": table}), SAYS["points_picture"]
     return section(
         "Every point tried",
         " ".join(told) if told else None,
-        Picture(
-            "tradeoff",
-            "Forget against retain probability for every point of every method",
-            tradeoff_figure({"table": table}),
-            caption=SAYS["points_picture"],
-            file="tradeoff.svg",
-            picks=True,
-        ),
+        Picture("tradeoff", label, drawn, caption=caption, file="tradeoff.svg", picks=True),
         Grid("Every point as a table", head, rows, text_columns=2, folded=True),
         bar="Points",
     )
@@ -157,13 +143,9 @@ def _score_section(table: Figures) -> list[Section]:
         [name, *(_spread_cell(_score(summary, column)) for column in columns)]
         for name, summary in _summaries(table)
     ]
-    return section(
-        "Measured once, on other rows",
-        Grid("Scores of each method", ["model", *columns], rows) if columns else None,
-        _reasons(table),
-        bar="Scores",
-        intro=_measured_note(table),
-    )
+    grid = Grid("Scores of each method", ["model", *columns], rows) if columns else None
+    title, told = "Measured once, on other rows", _measured_note(table)
+    return section(title, grid, _reasons(table), bar="Scores", intro=told)
 
 
 def _cost_section(table: Figures) -> list[Section]:

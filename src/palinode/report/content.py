@@ -119,18 +119,8 @@ class Cases:
     """Each with `name`, `label`, `against`, `of` and `rows`."""
 
 
-Block = (
-    str
-    | Sequence[str | tuple[str, str]]
-    | Mapping[str, str]
-    | Grid
-    | Heading
-    | Strong
-    | Code
-    | Picture
-    | Lights
-    | Cases
-)
+Shown = Grid | Heading | Strong | Code | Picture | Lights | Cases
+Block = str | Sequence[str | tuple[str, str]] | Mapping[str, str] | Shown
 """A text is a paragraph, several are a list, in which a pair is a label that stands out and its text, and a
 mapping has short facts by name."""
 

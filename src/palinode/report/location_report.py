@@ -10,17 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from palinode.records import Outcome
-from palinode.report.content import (
-    SAYS,
-    Block,
-    Grid,
-    GridCell,
-    Heading,
-    Picture,
-    Row,
-    Section,
-    section,
-)
+from palinode.report.content import SAYS, Block, Grid, GridCell, Heading, Picture, Row, Section, section
 from palinode.report.pictures import Figure, Mark, Ruler, Trace, interval, names_down, picture_file
 from palinode.report.words import DASH, number, words
 
@@ -288,18 +278,14 @@ def plan_picture(record: Mapping[str, Any]) -> str:
 
 def demo_brief(record: Mapping[str, Any]) -> list[Block]:
     """Return what the terminal shows of the demo: what evidence found, and what each checkpoint gives."""
-    found = [
-        [
-            name,
-            str(request["rows"]),
-            _step_or_none(request["clean_step"]),
-            *(
-                _step_or_none(one["recommended_step"]) + ("" if one["right"] else " (wrong)")
-                for one in (request["found"][kind] for kind in DEMO_EVIDENCE)
-            ),
-        ]
-        for name, request in record["requests"].items()
-    ]
+
+    def told(one: Mapping[str, Any]) -> str:
+        return _step_or_none(one["recommended_step"]) + ("" if one["right"] else " (wrong)")
+
+    found = []
+    for name, one in record["requests"].items():
+        steps = [told(one["found"][kind]) for kind in DEMO_EVIDENCE]
+        found.append([name, str(one["rows"]), _step_or_none(one["clean_step"]), *steps])
     target = record["rungs"][0]["target"]
     tried = [["(target before)", "", f"{target['forget']:.2f}", f"{target['others']:.2f}", "", ""]]
     best = record["requests"]["main"]["found"]["all"]["recommended_step"]
@@ -319,10 +305,9 @@ def demo_brief(record: Mapping[str, Any]) -> list[Block]:
     kept = all(point["kept_rule"] for point in record["rungs"])
     broken = "* no pair of scales kept enough of the others; the one that breaks the rule least"
     head = ["checkpoint", "seen", "forget people", "others", "α, β", ""]
+    requests = ["request", "rows", "truth", *DEMO_EVIDENCE]
     return [
-        Grid(
-            "The last clean checkpoint of each request", ["request", "rows", "truth", *DEMO_EVIDENCE], found
-        ),
+        Grid("The last clean checkpoint of each request", requests, found),
         Grid("Unlearning the main request from each checkpoint: exact match", head, tried),
         [*([] if kept else [broken]), demo_sentence(record)],
     ]
@@ -336,14 +321,12 @@ def demo_sentence(record: Mapping[str, Any]) -> str:
     counts = all(one["every_exposure_right"] for one in found)
     off = max(request["found"]["behaviour"]["rungs_off"] for request in requests)
     agree = "agree with the truth in every exposure" if counts else "do NOT agree with the truth"
+    alone = (
+        f"is at most {off} checkpoint{'' if off == 1 else 's'} off" if off else "finds the same checkpoint"
+    )
     return (
         f"The recommended checkpoint is the right one for {right} of {len(requests)} requests; log and "
-        f"rebuilt order {agree}, and behaviour alone "
-        + (
-            f"is at most {off} checkpoint{'' if off == 1 else 's'} off."
-            if off
-            else "finds the same checkpoint."
-        )
+        f"rebuilt order {agree}, and behaviour alone {alone}."
     )
 
 
@@ -399,12 +382,7 @@ def influence_section(told: Mapping[str, Any]) -> list[Section]:
             Grid("Its rows", ["row", "score"], [[row["place"], _score(row)] for row in one["rows"]]),
         )
     ]
-    return section(
-        "Rows behind an answer",
-        *grids,
-        bar="Rows",
-        intro=SAYS["influence"].format_map(told),
-    )
+    return section("Rows behind an answer", *grids, bar="Rows", intro=SAYS["influence"].format_map(told))
 
 
 def _set_blocks(told: Mapping[str, Any]) -> list[Block]:

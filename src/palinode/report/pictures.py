@@ -278,11 +278,7 @@ def _text(
 
 
 def _line(
-    points: Iterable[tuple[float, float]],
-    colour: str,
-    dash: str = "solid",
-    width: float = 1,
-    said: str = "",
+    points: Iterable[tuple[float, float]], colour: str, dash: str = "solid", width: float = 1, said: str = ""
 ) -> str:
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dashes = f' stroke-dasharray="{DASHES[dash]}"' if DASHES[dash] else ""
@@ -340,17 +336,13 @@ def tradeoff_figure(content: Mapping[str, Any]) -> Figure | None:
         }
         traces = _contestant_traces(table) + _model_traces(pairs, "retain", "--ink", size=14)
     else:
-        points = [
-            point
-            for point in at(content, "scales", "points") or ()
-            if point.get("forget_probability") is not None
-        ]
+        tried = at(content, "scales", "points") or ()
+        points = [point for point in tried if point.get("forget_probability") is not None]
         flat = bool(points) and all(point.get("retain_probability") is None for point in points)
         retain = "retain_unseen" if at(content, "scores", "unlearned", "retain_unseen") else "retain"
+        both = ("forget", retain)
         pairs = {
-            model: [
-                at(content, "scores", model, name, "answer_probability") or {} for name in ("forget", retain)
-            ]
+            model: [at(content, "scores", model, name, "answer_probability") or {} for name in both]
             for model in scores_on(content, "forget")
         }
         models = [] if flat else _model_traces(pairs, retain)

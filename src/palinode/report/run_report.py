@@ -179,12 +179,7 @@ def demo_grid(demo: Mapping[str, Any]) -> Grid:
 
 
 def _demo_section(demo: Mapping[str, Any]) -> list[Section]:
-    return section(
-        "The demo's world",
-        demo_grid(demo),
-        bar="Demo",
-        intro=SAYS["demo"],
-    )
+    return section("The demo's world", demo_grid(demo), bar="Demo", intro=SAYS["demo"])
 
 
 def _score_section(content: Mapping[str, Any]) -> list[Section]:
@@ -207,12 +202,7 @@ def _score_section(content: Mapping[str, Any]) -> list[Section]:
                 *(f"{metric_label(one)} is not in the picture: {why}." for one, why in silent.items()),
             ],
         ]
-    return section(
-        "Before, after, yardstick",
-        *blocks,
-        bar="Scores",
-        intro=SAYS["scores"],
-    )
+    return section("Before, after, yardstick", *blocks, bar="Scores", intro=SAYS["scores"])
 
 
 def _count(scores: Mapping[str, Any]) -> str:
@@ -245,15 +235,10 @@ def _method_section(content: Mapping[str, Any]) -> list[Section]:
 
 def _scale_section(content: Mapping[str, Any]) -> list[Section]:
     scales = content.get("scales") or {}
+    label = "Forget against retain probability, for every pair of scales and every model"
     return section(
         "Forgetting against keeping",
-        Picture(
-            "tradeoff",
-            "Forget against retain probability, for every pair of scales and every model",
-            tradeoff_figure(content),
-            caption=SAYS["tradeoff"],
-            picks=True,
-        ),
+        Picture("tradeoff", label, tradeoff_figure(content), caption=SAYS["tradeoff"], picks=True),
         " ".join([*_scale_sentences(scales), *changes_told(content)]) if scales else None,
         Strong(warning) if (warning := at(scales, "yardstick", "warning")) else None,
         _scale_grid(
@@ -356,12 +341,7 @@ def _answer_section(content: Mapping[str, Any]) -> list[Section]:
         for name, part in (content.get("answers") or {}).items()
     ]
     goal = "a model that never saw them" if at(content, "held_against", "forget") else "its yardstick"
-    return section(
-        title,
-        Cases(parts),
-        bar=bar,
-        intro=SAYS["answers"].format(goal=goal),
-    )
+    return section(title, Cases(parts), bar=bar, intro=SAYS["answers"].format(goal=goal))
 
 
 def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
@@ -370,12 +350,7 @@ def _likelihood_section(content: Mapping[str, Any]) -> list[Section]:
         for name, label in SETS.items()
         if (drawn := likelihood_figure(content, name))
     ]
-    return section(
-        "How sure of each right answer",
-        *pictures,
-        bar="Row by row",
-        intro=SAYS["likelihoods"],
-    )
+    return section("How sure of each right answer", *pictures, bar="Row by row", intro=SAYS["likelihoods"])
 
 
 def _vector_section(content: Mapping[str, Any]) -> list[Section]:

@@ -281,12 +281,8 @@ def _known(record: Mapping[str, Any]) -> Claim:
     figures = "; ".join(f"{YARDSTICKS[name]}: {_with_interval(score)}" for name, score in held.items())
     disputed = deciding != "retrained" and any({word, words[name]} == {"Yes", "No"} for name in others)
     light: Light = "amber" if disputed or word == "Unsure" else "green" if word == "Yes" else "grey"
-    return Claim(
-        "known",
-        light,
-        word,
-        f"Answer probability of the target on the forget set: {_with_interval(target)}; {figures}.",
-    )
+    told = f"Answer probability of the target on the forget set: {_with_interval(target)}; {figures}."
+    return Claim("known", light, word, told)
 
 
 def judge_knowledge(target: Mapping[str, Any], goal: Mapping[str, Any]) -> str:

@@ -35,13 +35,8 @@ def scores_on(record: Mapping[str, Any], data_set: str) -> dict[str, Mapping[str
 
 def metrics_on(record: Mapping[str, Any], data_sets: Iterable[str]) -> list[str]:
     """Return the metrics found on these sets, the ones we know by name first."""
-    found = {
-        metric: None
-        for data_set in data_sets
-        for scores in scores_on(record, data_set).values()
-        for metric in scores
-    }
-    return known_first(found, METRICS)
+    tables = [scores for data_set in data_sets for scores in scores_on(record, data_set).values()]
+    return known_first(dict.fromkeys(metric for scores in tables for metric in scores), METRICS)
 
 
 def known_first(names: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -146,18 +146,13 @@ def finetune(
         write_model(model, base, output, curve)
     if state is not None:
         shutil.rmtree(state, ignore_errors=True)
-    return Finetuned(
-        base,
-        LoraAdapter.open(output) if settings.lora else Checkpoint.open(output),
-        curve,
-        tokens,
-        time.monotonic() - started,
-        count_steps([len(row.ids) for row in cast.anchors], settings),
-        {
-            role: frozenset(cast.rows[role][place].example for place in cast.used(role))
-            for role in (cast.anchor, *cast.draws)
-        },
-    )
+    saved = LoraAdapter.open(output) if settings.lora else Checkpoint.open(output)
+    planned = count_steps([len(row.ids) for row in cast.anchors], settings)
+    seen = {
+        role: frozenset(cast.rows[role][place].example for place in cast.used(role))
+        for role in (cast.anchor, *cast.draws)
+    }
+    return Finetuned(base, saved, curve, tokens, time.monotonic() - started, planned, seen)
 
 
 def _cast(
@@ -334,11 +329,8 @@ def write_adapter(model: PreTrainedModel, output: Path, curve: Sequence[CurvePoi
 def _linear_layers(model: PreTrainedModel, ends: Sequence[str] | None) -> dict[str, torch.nn.Module]:
     """Return the linear layers of the decoder blocks by name: those asked for, or all."""
     found = linear_layers(model)
-    chosen = {
-        name: module
-        for name, module in found
-        if ends is None or any(f".{name}".endswith(f".{end}") for end in ends)
-    }
+    last = ("",) if ends is None else tuple(f".{end}" for end in ends)
+    chosen = {name: module for name, module in found if f".{name}".endswith(last)}
     if not chosen:
         names = sorted({name.rpartition(".")[2] for name, _ in found})
         raise RecipeError(

@@ -40,7 +40,7 @@ from palinode.data.tokenize import TokenRow
 from palinode.errors import DivergenceError, PalinodeError, ProcessError, RecipeError
 from palinode.models.likelihoods import Say, must_be_apart, note, tell
 from palinode.models.loading import check_positions
-from palinode.models.reading import decoder_blocks, never_packed
+from palinode.models.reading import decoder_blocks, never_packed, trained_parameters
 from palinode.processes import abandon, everywhere, meanwhile, said_by_all, sharded, summed, world
 from palinode.settings import TrainingSettings
 from palinode.training.objectives import (
@@ -212,11 +212,7 @@ def _must_be_apart(
 
 
 def _keep(
-    objective: Objective,
-    model: PreTrainedModel,
-    cast: Joined,
-    settings: TrainingSettings,
-    pad_id: int,
+    objective: Objective, model: PreTrainedModel, cast: Joined, settings: TrainingSettings, pad_id: int
 ) -> dict[str, FrozenValues]:
     """Return, by term, what the model says now of all rows that the term will see, if they bring nothing."""
     found = dict(cast.frozen)
@@ -388,11 +384,6 @@ class _Run:
         """Where the optimiser holds what it needs."""
         return kind_of(self.optimizer)
 
-    @property
-    def trained(self) -> list[torch.nn.Parameter]:
-        """The parameters that are not frozen."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     def tokens(self, parts: Sequence[Sequence[int]], step: int) -> int:
         """Return the tokens that a step sends through the model."""
         roles = self.objective.reads
@@ -413,8 +404,8 @@ class _Run:
             self.seed + step, lambda: self._backward(coefficients, parts, step // self.per_epoch)
         )
         if not self.shards:
-            add_up(self.trained, self.count)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+            add_up(trained_parameters(self.model), self.count)
+        norm = torch.nn.utils.clip_grad_norm_(trained_parameters(self.model), self.settings.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         members = [place for part in parts for place in part]
         measured = torch.cat([summed(sums), norm.reshape(1).to(sums.dtype)])
@@ -465,9 +456,9 @@ class _Run:
 
     def _hold(self, name: str) -> None:
         """Have what the optimiser needs lie elsewhere from now on."""
-        gradients = [parameter.grad for parameter in self.trained]
+        gradients = [parameter.grad for parameter in trained_parameters(self.model)]
         now = make_optimizer(name, self.model, self.settings)
-        for parameter, gradient in zip(self.trained, gradients, strict=True):
+        for parameter, gradient in zip(trained_parameters(self.model), gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         for group, known in zip(now.param_groups, self.optimizer.param_groups, strict=True):
             group["lr"] = known["lr"]
@@ -636,9 +627,8 @@ class _Run:
         members = [(role, place) for role in term.roles for place in self.cast.members(role, epoch, anchors)]
         rows = [self.cast.rows[role][place] for role, place in members]
         size = len(rows) * max((len(row.ids) for row in rows), default=0)
-        pad = partial(
-            pad_right, pad_id=self.pad_id, multiple=COMPILED_LENGTHS if self.settings.compile else 1
-        )
+        multiple = COMPILED_LENGTHS if self.settings.compile else 1
+        pad = partial(pad_right, pad_id=self.pad_id, multiple=multiple)
         if self.apart:
             for row, member in zip(rows, members, strict=True):
                 yield pad([row]), [member]
@@ -661,9 +651,7 @@ class _Run:
             self.state.write(self.model, self.optimizer, self.kind, self.curve)
 
     def resume(
-        self,
-        on_progress: Callable[[int], None] | None,
-        steps: Sequence[Sequence[Sequence[int]]],
+        self, on_progress: Callable[[int], None] | None, steps: Sequence[Sequence[Sequence[int]]]
     ) -> None:
         """Go on from a saved state where there is one; it does not matter how many processes saved it."""
         if self.state is None or (kind := self.state.kind()) is None:

@@ -23,13 +23,7 @@ from transformers import PreTrainedModel
 
 from palinode.data.batches import IGNORED, Batch
 from palinode.models.likelihoods import LOGIT_BYTES, has_plain_head
-from palinode.models.reading import (
-    answer_nll,
-    answer_places,
-    last_logits,
-    model_inputs,
-    on_device,
-)
+from palinode.models.reading import answer_nll, answer_places, last_logits, model_inputs, on_device
 
 WHOLE = 8
 """On a processor so many times `LOGIT_BYTES` of logits still exist as a whole, which is a little faster."""
@@ -53,9 +47,8 @@ def summed_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
         return total
     first = int((batch.labels != IGNORED).any(axis=0).argmax())
     labels = np.full((len(batch.ids), batch.ids.shape[1] - first + 1), IGNORED)
-    labels[:, :-1] = batch.labels[
-        :, first:
-    ]  # the logits from first − 1 on predict them, the last ones nothing
+    # the logits from first − 1 on predict them, the last ones nothing
+    labels[:, :-1] = batch.labels[:, first:]
     if (labels != IGNORED).mean() < MOSTLY_SCORED:
         return answer_nll(model, batch).sum()
     logits = last_logits(model, batch, labels.shape[1])

@@ -550,12 +550,9 @@ def _on(device: str, array: np.ndarray) -> Any:
 
 
 def _product(left: np.ndarray, right: np.ndarray, device: str | None) -> np.ndarray:
-    found: np.ndarray = (
-        (_on(device, left) @ _on(device, right)).cpu().numpy()
-        if device
-        else np.asarray(left, np.float64) @ right
-    )
-    return found
+    if device:
+        return np.asarray((_on(device, left) @ _on(device, right)).cpu().numpy())
+    return np.asarray(np.asarray(left, np.float64) @ right)
 
 
 def projection(axes: np.ndarray, *, device: str | None = None) -> np.ndarray:

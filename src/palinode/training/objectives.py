@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -249,11 +250,7 @@ def term(
 
 def answer_term(name: str, *roles: str, coefficient: float | Coefficient = 1.0) -> Term:
     """Return CE = Σ nll / Σ n over the answers of these roles, one token mean (spec: baselines.md §0)."""
-
-    def total(model: PreTrainedModel, batch: Batch, _frozen: Tensor | None) -> Tensor:
-        return summed_nll(model, batch)
-
-    return Term(name, roles, total, scored_tokens, coefficient)
+    return Term(name, roles, lambda model, batch, _: summed_nll(model, batch), scored_tokens, coefficient)
 
 
 PLAIN_OBJECTIVE = Objective((answer_term("answer", "rows"),), anchor="rows")
@@ -384,18 +381,12 @@ def join(
         _need_answers(material)
     rows = {role: read(material.examples[role]) for role in (material.anchor, *free)}
     count = len(rows[material.anchor])
+    drawing, number = partial(draw, epochs=epochs, seed=seed), material.together
     draws: dict[str, Draws] = {
-        role: draw(
-            [range(len(rows[role]))] * count,
-            role,
-            epochs=epochs,
-            seed=seed,
-            together=material.together.get(role, 1),
-        )
-        for role in free
+        role: drawing([range(len(rows[role]))] * count, role, together=number.get(role, 1)) for role in free
     }
     for role in bound:
-        drawn = draw(material.candidates[role], role, epochs=epochs, seed=seed)
+        drawn = drawing(material.candidates[role], role)
         used = sorted({place for epoch in drawn for group in epoch for place in group})
         place_of = {place: new for new, place in enumerate(used)}
         found = read([material.examples[role][place] for place in used])
@@ -414,13 +405,8 @@ def draw(
     drawn = []
     for epoch in range(epochs):
         random = np.random.Generator(np.random.PCG64([seed, epoch, _DRAWING, *role.encode()]))
-        shares = random.random((together, len(candidates))).T.tolist()
-        drawn.append(
-            [
-                tuple(own[int(share * len(own))] for share in row)
-                for own, row in zip(candidates, shares, strict=True)
-            ]
-        )
+        pairs = zip(candidates, random.random((together, len(candidates))).T.tolist(), strict=True)
+        drawn.append([tuple(own[int(share * len(own))] for share in row) for own, row in pairs])
     return drawn
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from palinode.errors import InputError, RecipeError, told_as
 from palinode.models.loading import free_memory
+from palinode.models.reading import trained_parameters
 from palinode.settings import TrainingSettings
 
 AUTOCAST_FROM = 20_000_000
@@ -82,23 +83,10 @@ class HostAdamW(torch.optim.Optimizer):
         for (group, parameter, part), gradient in zip(pieces, self._ways.fetch(gradients), strict=True):
             own = self.state[parameter]
             weight, mean, square = (own[name].view(-1)[part] for name in ("weight", "exp_avg", "exp_avg_sq"))
-            step = own["step"].clone()
-            adamw(
-                [weight],
-                [gradient],
-                [mean],
-                [square],
-                [],
-                [step],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            step, (beta1, beta2) = own["step"].clone(), group["betas"]
+            options = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+            options |= {"beta1": beta1, "beta2": beta2, "fused": True, "amsgrad": False, "maximize": False}
+            adamw([weight], [gradient], [mean], [square], [], [step], **options)
             self._ways.give(weight, parameter.view(-1)[part])
             if part.stop >= parameter.numel():
                 own["step"].copy_(step)
@@ -227,7 +215,7 @@ def room_in_tokens(model: PreTrainedModel, settings: TrainingSettings, optimizer
     """Return how many tokens a GPU has room for beside weights, gradients and moments; None elsewhere."""
     if model.device.type != "cuda":
         return None
-    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    trained = sum(value.numel() for value in trained_parameters(model))
     room = 0.8 * free_memory(model.device) - sum(BYTES[optimizer][1:3]) * trained
     room -= 2 * model.num_parameters()
     return max(1, int(room / bytes_of_token(model, settings)))
@@ -240,7 +228,7 @@ def choose_optimizer(wanted: str, model: PreTrainedModel, *, room: float = 0) ->
     """
     if wanted != "auto" or model.device.type != "cuda":
         return "device" if wanted == "auto" else wanted
-    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    trained = sum(value.numel() for value in trained_parameters(model))
     free = free_memory(model.device) + 4 * trained - room
     for name, (*there, here) in BYTES.items():
         usable = name != "8bit" or find_spec("bitsandbytes")
@@ -255,7 +243,7 @@ def choose_optimizer(wanted: str, model: PreTrainedModel, *, room: float = 0) ->
 def make_optimizer(name: str, model: PreTrainedModel, settings: TrainingSettings) -> torch.optim.Optimizer:
     """Return AdamW of that choice over what is trained."""
     lr, weight_decay = settings.learning_rate, settings.weight_decay
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = trained_parameters(model)
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},

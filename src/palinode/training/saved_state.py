@@ -89,13 +89,8 @@ class SavedState:
             held = _held(model, optimizer)
             unmoved = DefaultLoadPlanner(allow_partial_load=True)  # what had no gradient has no moments
             load(held, checkpoint_id=self.folder, planner=unmoved, no_dist=not self.divided)
-            state_dict.set_state_dict(
-                model,
-                optimizer,
-                model_state_dict=held["model"],
-                optim_state_dict=held["optimizer"],
-                options=TRAINED,
-            )
+            states = {"model_state_dict": held["model"], "optim_state_dict": held["optimizer"]}
+            state_dict.set_state_dict(model, optimizer, **states, options=TRAINED)
         return [CurvePoint(**point) for point in read_json(self.folder / "curve.json")]
 
 

@@ -14,20 +14,6 @@ from palinode.weights.tensors import TensorInfo
 from palinode.weights.vectors import StoredVector, open_direction, save_vector
 
 __all__ = [
-    "Checkpoint",
-    "Direction",
-    "Dose",
-    "LoraAdapter",
-    "Point",
-    "Profile",
-    "Rounding",
-    "Saved",
-    "StoredVector",
-    "TensorInfo",
-    "WeightedSum",
-    "check_output",
-    "open_direction",
-    "profile",
-    "save",
-    "save_vector",
-]
+    "Checkpoint", "Direction", "Dose", "LoraAdapter", "Point", "Profile", "Rounding", "Saved", "StoredVector",
+    "TensorInfo", "WeightedSum", "check_output", "open_direction", "profile", "save", "save_vector",
+]  # fmt: skip

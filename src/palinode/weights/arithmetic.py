@@ -70,14 +70,25 @@ def cut(info: TensorInfo) -> Iterator[Slice]:
         yield Slice(info, start, min(SLICE, info.size - start))
 
 
+def apart(terms: Iterable[Term]) -> tuple[tuple[ModelFolder, ...], tuple[Displacement, ...]]:
+    """Return the checkpoints among the terms of a sum, and the displacements, each once."""
+    known = dict.fromkeys(terms)
+    checkpoints = tuple(term for term in known if isinstance(term, ModelFolder))
+    return checkpoints, tuple(term for term in known if isinstance(term, Displacement))
+
+
+def over_rows(lines: Iterable[Mapping[Term, float]], rows: Sequence[Term | None]) -> np.ndarray:
+    """Return sums as coefficients over the terms of these rows, [lines, rows]."""
+    coefficients = [line.get(row, 0.0) if row else 0.0 for line in lines for row in rows]
+    return np.array(coefficients, np.float64).reshape(-1, len(rows))
+
+
 def layout_of(terms: Iterable[Term]) -> list[TensorInfo]:
     """Return the tensors that a direction of these terms may change, a tied one once.
 
     Raises MismatchError when they do not fit together.
     """
-    terms = list(terms)
-    points = [term for term in terms if isinstance(term, ModelFolder)]
-    displacements = [term for term in terms if isinstance(term, Displacement)]
+    points, displacements = apart(terms)
     if points:
         layout = points[0]
         check_fit(layout, points[1:])
@@ -161,22 +172,15 @@ def formula(
     along = along or {}
     others = (term for term, _ in in_order(terms) if isinstance(term, ModelFolder))
     pivot, lines = anchor if anchor in terms else next(others), [*along.values()]
-    operands = dict.fromkeys([pivot, *terms, anchor, *(term for line in lines for term in line)])
-    checkpoints = tuple(term for term in operands if isinstance(term, ModelFolder))
-    displacements = tuple(term for term in operands if isinstance(term, Displacement))
-    row = {term: place for place, term in enumerate((*checkpoints, *displacements))}
+    checkpoints, displacements = apart([pivot, *terms, anchor, *(term for line in lines for term in line)])
+    rows: tuple[Term, ...] = (*checkpoints, *displacements)
+    row = {term: place for place, term in enumerate(rows)}
     groups = [
         (coefficient, [row[term] for term, _ in members])
         for coefficient, members in groupby(
             [term for term in in_order(terms) if term[0] != pivot], key=lambda term: term[1]
         )
     ]
-
-    def over_rows(terms: Mapping[Term, float]) -> np.ndarray:
-        coefficients = np.zeros(len(row))
-        for term, coefficient in terms.items():
-            coefficients[row[term]] = coefficient
-        return coefficients
 
     return Formula(
         anchor,
@@ -187,8 +191,8 @@ def formula(
         ends=np.cumsum([len(members) for _, members in groups], dtype=np.int64),
         weights=np.array([coefficient for coefficient, _ in groups], np.float64),
         names=tuple(along),
-        along=np.array([over_rows(line) for line in lines]).reshape(len(lines), len(row)),
-        change=over_rows(combined(terms, -1.0, {anchor: 1.0})),
+        along=over_rows(lines, rows),
+        change=over_rows([combined(terms, -1.0, {anchor: 1.0})], rows)[0],
         target=row[anchor],
     )
 
@@ -266,7 +270,6 @@ class Operands:
         self.checkpoints = tuple(checkpoints)
         self._displacements = tuple(displacements)
         self._files = files
-        self._raw = np.empty(0, np.uint8)
         self._buffers: dict[str, np.ndarray] = {}
         self._found: dict[tuple[ModelFolder, str], TensorInfo] = {}
 
@@ -279,8 +282,8 @@ class Operands:
         infos = [self._find(checkpoint, part) for checkpoint in self.checkpoints]
         dtype = np.dtype(np.float64) if any(info.dtype == "F64" for info in infos) else dtype
         packed = bool(infos) and dtype == np.float32 and all(info.dtype == "BF16" for info in infos)
-        halves = self._buffer("halves", len(infos), part.count, np.dtype(np.uint16)) if packed else NO_HALVES
-        wides = self._buffer("wides", 0 if packed else len(infos), part.count, dtype)
+        halves = self.buffer("halves", len(infos), part.count, np.dtype(np.uint16)) if packed else NO_HALVES
+        wides = self.buffer("wides", 0 if packed else len(infos), part.count, dtype)
         if packed:
             self._read_packed(infos, part, halves)
         for place, info in enumerate(infos):
@@ -289,7 +292,7 @@ class Operands:
             twin = self.checkpoints[place].twin(info.name)
             if twin and not self._same(info, twin, part):
                 complain_of_twins(self.checkpoints[place])
-        extras = self._buffer("extras", len(self._displacements), part.count, dtype)
+        extras = self.buffer("extras", len(self._displacements), part.count, dtype)
         for place, displacement in enumerate(self._displacements):
             layout = next(iter(self.checkpoints), None)
             name = part.info.name
@@ -328,10 +331,9 @@ class Operands:
 
     def _bytes(self, info: TensorInfo, part: Slice) -> np.ndarray:
         size = part.count * info.itemsize
-        if len(self._raw) < size:
-            self._raw = np.empty(max(SLICE * info.itemsize, size), np.uint8)
-        info.read(self._files, part.start * info.itemsize, self._raw[:size].data)
-        return self._raw[:size]
+        raw = self.buffer("raw", 1, size, np.dtype(np.uint8))[0, :size]
+        info.read(self._files, part.start * info.itemsize, raw.data)
+        return raw
 
     def _same(self, info: TensorInfo, twin: TensorInfo, part: Slice) -> bool:
         if (twin.shape, twin.dtype) != (info.shape, info.dtype):
@@ -339,7 +341,8 @@ class Operands:
         first = self._bytes(info, part).copy()
         return np.array_equal(first, self._bytes(twin, part))
 
-    def _buffer(self, name: str, rows: int, count: int, dtype: np.dtype) -> np.ndarray:
+    def buffer(self, name: str, rows: int, count: int, dtype: np.dtype) -> np.ndarray:
+        """Return room for rows of `count` values or more, the same one again where it is large enough."""
         found = self._buffers.get(name)
         if found is None or found.dtype != dtype or found.shape[0] != rows or found.shape[1] < count:
             found = self._buffers[name] = np.empty((rows, max(SLICE if rows else 0, count)), dtype)
@@ -352,9 +355,7 @@ class Operands:
 def direction_values(direction: HasTerms, part: Slice, files: Files) -> np.ndarray:
     """Return a direction on one slice in float32, or float64 where a checkpoint is; not rounded further."""
     weights = direction.terms
-    terms = in_order(weights)
-    checkpoints = [term for term, _ in terms if isinstance(term, ModelFolder)]
-    displacements = [term for term, _ in terms if isinstance(term, Displacement)]
+    checkpoints, displacements = apart(term for term, _ in in_order(weights))
     loaded = Operands(checkpoints, displacements, files).load(part, np.dtype(np.float32))
     wide = loaded.wides[:, : part.count]
     if loaded.packed:
@@ -449,8 +450,6 @@ class Evaluator:
         self._measure = measure
         self._operands = Operands(formula.checkpoints, formula.displacements, files)
         self._anchor = Operands((formula.anchor,), (), files)
-        self._half = np.empty(0, np.uint16)
-        self._wide: dict[np.dtype, np.ndarray] = {}
 
     def evaluate(self, part: Slice) -> tuple[np.ndarray, np.ndarray]:
         """Return a slice rounded to the output dtype, and the totals of its dose.
@@ -479,10 +478,8 @@ class Evaluator:
         self, part: Slice, loaded: LoadedSlice, code: str, *, still: bool
     ) -> tuple[np.ndarray, np.ndarray, bool]:
         form, dtype = self._formula, loaded.dtype
-        if len(self._half) < part.count:
-            self._half = np.empty(max(SLICE, part.count), np.uint16)
-        if len(self._wide.get(dtype, ())) < part.count:
-            self._wide[dtype] = np.empty(max(SLICE, part.count), dtype)
+        half = self._operands.buffer("half", 1, part.count, np.dtype(np.uint16))[0]
+        wide = self._operands.buffer("wide", 1, part.count, dtype)[0]
         totals = kernels.totals_of(len(form.names))
         measured = self._measure and not part.alone and not (still and form.target)
         kept = 0 if still else None
@@ -495,12 +492,12 @@ class Evaluator:
             (kind, self._settings.rounding == "stochastic", key),
             np.int64(part.start),
             (every_of(part.info) if measured else 0, form.target, form.along.astype(dtype), totals),
-            (self._half, self._wide[dtype]),
+            (half, wide),
         )
         if code == "BF16":
-            return self._half[: part.count], totals, finite
+            return half[: part.count], totals, finite
         with np.errstate(over="ignore"):  # too large a value is noticed below
-            stored = self._wide[dtype][: part.count].astype(NUMPY[code], copy=False)
+            stored = wide[: part.count].astype(NUMPY[code], copy=False)
         return stored, totals, finite and (dtype == stored.dtype or bool(np.isfinite(stored).all()))
 
 

@@ -16,35 +16,42 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, overload
+from typing import NoReturn, cast, overload
 
 from palinode.errors import AlgebraError, InputError, MismatchError
 from palinode.records import packaged
 from palinode.weights.arithmetic import NAMES, Rounding, Settings, combined, formula
 from palinode.weights.displacement import Displacement, Term
 from palinode.weights.folders import ModelFolder
+from palinode.weights.geometry import Dose
 from palinode.weights.preflight import Rows, check_fit
-from palinode.weights.store import Written, plan, write
+from palinode.weights.store import plan, write
 from palinode.weights.tensors import is_head
 
 LARGEST = 3.4e38
 """Largest coefficient: about the largest float32, in which sums are computed."""
 
 
-class Point:
-    """A place in weight space: a `Checkpoint` on disk, or a `WeightedSum` of several."""
+class _Summed:
+    """What is a sum over terms: a point or a direction."""
 
     __slots__ = ()
 
     @property
     def terms(self) -> Mapping[Term, float]:
-        """Coefficient of each term of the sum; those of checkpoints add up to 1."""
-        raise AttributeError("terms")
+        """Coefficient of each term; those of checkpoints add up to 1 in a point, to 0 in a direction."""
+        return {cast(Term, self): 1.0}  # a checkpoint, or a direction on disk, is the sum of itself alone
+
+
+class Point(_Summed):
+    """A place in weight space: a `Checkpoint` on disk, or a `WeightedSum` of several."""
+
+    __slots__ = ()
 
     @property
     def anchor(self) -> Checkpoint:
-        """The checkpoint that lends its layout, config and tokenizer: the leftmost one of the sum."""
-        raise AttributeError("anchor")
+        """The checkpoint that lends its layout, config and tokenizer: itself, or a sum's leftmost one."""
+        return cast(Checkpoint, self)
 
     def __add__(self, other: object) -> WeightedSum:
         if isinstance(other, Direction):
@@ -83,16 +90,6 @@ class Checkpoint(ModelFolder, Point):
 
     __slots__ = ()
 
-    @property
-    def terms(self) -> Mapping[Term, float]:
-        """A checkpoint is the sum of itself alone."""
-        return {self: 1.0}
-
-    @property
-    def anchor(self) -> Checkpoint:
-        """The checkpoint itself."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum(Point):
@@ -114,18 +111,13 @@ class WeightedSum(Point):
         return save(self, Path(output), dtype=dtype, rounding=rounding, seed=seed, along=along or {})
 
 
-class Direction:
+class Direction(_Summed):
     """A way to go in weight space: `theta_1 - base`, a `Displacement` on disk, or any sum of such.
 
     It is scaled by a number, added to other directions, and added to a point.
     """
 
     __slots__ = ()
-
-    @property
-    def terms(self) -> Mapping[Term, float]:
-        """Coefficient of each term of the sum; those of checkpoints add up to 0."""
-        raise AttributeError("terms")
 
     def __add__(self, other: object) -> Direction:
         if isinstance(other, Direction):
@@ -171,11 +163,6 @@ class StoredDirection(Displacement, Direction):
 
     __slots__ = ()
 
-    @property
-    def terms(self) -> Mapping[Term, float]:
-        """It is the sum of itself alone."""
-        return {self: 1.0}
-
 
 def _sum(first: Mapping[Term, float], factor: float, second: Mapping[Term, float]) -> dict[Term, float]:
     """Return first + factor · second, without the terms that cancel."""
@@ -201,10 +188,18 @@ def _finite(number: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved(Written):
+class Saved:
     """A model folder that was written, and how much of the change asked for arrived in it."""
 
-    checkpoint: Checkpoint = field(kw_only=True)
+    checkpoint: Checkpoint
+    dose: Dose
+    rounding: str
+    """The one that was used: "nearest" or "stochastic"."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
+    hashed before ("check"); of naming ("publish")."""
 
 
 def save(
@@ -243,8 +238,7 @@ def save(
     lines = {name: line.terms for name, line in (along or {}).items()}
     job = plan(formula(point.anchor, point.terms, lines), place, asked, rows, workers)
     written = write(job, check=check, divided=divided, on_progress=on_progress)
-    parts = (written.dose, written.rounding, written.notes, written.seconds)
-    return Saved(*parts, checkpoint=Checkpoint.open(place))
+    return Saved(Checkpoint.open(place), *written)
 
 
 # The same weighted sum as a recipe for mergekit, so that anyone can check a result with another tool. The

@@ -74,23 +74,17 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     _refuse_own_code(folder)
     place = None if "state_dict" in options else folder
     return _without_code(
-        folder,
-        lambda: kind.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options),
+        folder, lambda: kind.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options)
     )
 
 
 def from_config(kind: Any, config: Any, **options: Any) -> Any:
     """Return the untrained model that an Auto class of transformers builds for a config it has read."""
     options.setdefault("attn_implementation", "eager")  # what the config names might be fetched from the hub
-    own = not hasattr(kind, "from_config")  # a model's class, and no Auto class: it knows no code but its own
-    return _without_code(
-        config.name_or_path,
-        lambda: (
-            kind._from_config(config, **options)
-            if own
-            else kind.from_config(config, trust_remote_code=False, **options)
-        ),
-    )
+    name = config.name_or_path
+    if not hasattr(kind, "from_config"):  # a model's class, and no Auto class: it knows no code but its own
+        return _without_code(name, lambda: kind._from_config(config, **options))
+    return _without_code(name, lambda: kind.from_config(config, trust_remote_code=False, **options))
 
 
 def check_folder(folder: Path) -> None:
@@ -346,14 +340,8 @@ def _load(file: Path, count: int, stored: int) -> tuple[dict[str, TensorInfo], M
     with bounded(file, tensors=count, numbers=stored):
         with torch.device("meta"):
             from_config(AutoModelForCausalLM, config)
-        loaded: Any = from_pretrained(
-            AutoModelForCausalLM,
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    model, found = loaded
+        options = {"gguf_file": file.name, "dtype": torch.float32, "output_loading_info": True}
+        model, found = from_pretrained(AutoModelForCausalLM, file.parent, **options)
     if found["missing_keys"]:
         raise CheckpointError(
             f"{file} lacks {len(found['missing_keys'])} weights of its model "

@@ -23,15 +23,16 @@ from palinode.weights.arithmetic import (
     Operands,
     Settings,
     Slice,
+    apart,
     combined,
     cut,
     formula,
     layout_of,
     map_slices,
+    over_rows,
 )
-from palinode.weights.displacement import Displacement, HasTerms
+from palinode.weights.displacement import HasTerms
 from palinode.weights.fingerprints import check_files
-from palinode.weights.folders import ModelFolder
 from palinode.weights.kernels import ALONG, ASKED, ERROR, MEASURED, MOVED, totals_of
 from palinode.weights.preflight import complain_of_nonfinite
 from palinode.weights.tensors import Files, is_head
@@ -193,21 +194,15 @@ def profile(
     `on_progress` is told the weights that are done. Raises MismatchError when the checkpoints do not fit
     together, AlgebraError when there is none.
     """
-    used = list(dict.fromkeys(term for direction in directions.values() for term in direction.terms))
-    checkpoints = [term for term in used if isinstance(term, ModelFolder)]
-    displacements = [term for term in used if isinstance(term, Displacement)]
-    if not used:
+    checkpoints, displacements = apart(term for line in directions.values() for term in line.terms)
+    if not (checkpoints or displacements):
         raise AlgebraError(
             "the directions are all zero (a checkpoint minus itself); name two different checkpoints"
         )
-    parts = [part for info in layout_of(used) for part in cut(info)]
+    parts = [part for info in layout_of([*checkpoints, *displacements]) for part in cut(info)]
     check_files(checkpoints)
-    rows = {term: place for place, term in enumerate((*checkpoints, *displacements))}
-    along = np.zeros((len(directions), len(rows) + (not checkpoints)))
-    for place, direction in enumerate(directions.values()):
-        for term, coefficient in direction.terms.items():
-            along[place, rows[term] + (not checkpoints)] = coefficient
-    count = len(directions)
+    rows = [*(checkpoints or [None]), *displacements]  # row 0 is the pivot, or zero where there is none
+    along, count = over_rows([line.terms for line in directions.values()], rows), len(directions)
     gram = {part_of(part.info.name): np.zeros((count, count)) for part in parts}
 
     def start() -> Callable[[Slice], np.ndarray]:

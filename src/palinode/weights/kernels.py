@@ -537,12 +537,6 @@ def rank_for(squares: np.ndarray, energy: float) -> int:
     return 1 + int(np.searchsorted(running, enough))
 
 
-def squares(values: np.ndarray, stored: np.ndarray) -> tuple[float, float]:
-    """Return |values|² and |values − stored|² of two flat arrays."""
-    size, rest = _squares(values, stored)
-    return float(size), float(rest)
-
-
 @compiled
 def _multiply(left, right, scale, out):
     """Set `out`, which is zero, to scale · left · right; four steps of the inner sum in one pass."""
@@ -574,7 +568,8 @@ def _multiply(left, right, scale, out):
 
 
 @reduction
-def _squares(values, stored):
+def squares(values, stored):
+    """Return |values|² and |values − stored|² of two flat arrays."""
     size, rest = 0.0, 0.0
     for i in range(values.size):
         value = np.float64(values[i])

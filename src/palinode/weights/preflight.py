@@ -321,15 +321,10 @@ def _tokens(path: Path) -> dict[str, int]:
 
 def _special_notes(reference: ModelFolder, other: ModelFolder) -> Iterator[str]:
     """Yield a note for each special token on which both folders say something, and not the same."""
-    numbers = [f"{word}_id" for word in SPECIAL]
-    for file, keys in (
-        ("config.json", numbers),
-        ("generation_config.json", numbers),
-        ("tokenizer_config.json", SPECIAL),
-    ):
-        ours, theirs = (
-            read_object(checkpoint.folder / file, optional=True) for checkpoint in (reference, other)
-        )
+    numbers = tuple(f"{word}_id" for word in SPECIAL)
+    places = {"config.json": numbers, "generation_config.json": numbers, "tokenizer_config.json": SPECIAL}
+    for file, keys in places.items():
+        ours, theirs = (read_object(one.folder / file, optional=True) for one in (reference, other))
         for key in keys:
             first, second = _text(ours.get(key)), _text(theirs.get(key))
             if first != second and None not in (first, second):

@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,16 @@ from palinode.weights.folders import INDEX, SINGLE, ModelFolder
 from palinode.weights.foreign import copy_inside
 from palinode.weights.geometry import Dose, DoseMeter, choose_rounding, part_of, shortfalls
 from palinode.weights.preflight import Rows, check_sum
-from palinode.weights.tensors import BLOCK, FLOAT_BYTES, MAX_HEADER, Files, TensorInfo, by_file, map_blocks
+from palinode.weights.tensors import (
+    BLOCK,
+    FLOAT_BYTES,
+    MAX_JSON,
+    Files,
+    TensorInfo,
+    by_file,
+    header_of,
+    map_blocks,
+)
 
 SHARD = 5_000_000_000
 """Bytes of a file, where the target's own files cannot be taken over."""
@@ -94,23 +103,15 @@ def _shards(infos: Sequence[TensorInfo]) -> Iterator[list[TensorInfo]]:
 
 
 def _planned(name: str, infos: Sequence[TensorInfo], code: str | None, kept: Collection[str]) -> OutputFile:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    sizes, end = {}, 0
+    placed, end = list[TensorInfo](), 0
     for info in infos:
         kind = code if code and info.is_float and info.name not in kept else info.dtype
         nbytes = info.size * (FLOAT_BYTES[kind] if info.is_float else info.itemsize)
-        entries[info.name] = {"dtype": kind, "shape": list(info.shape), "data_offsets": [end, end + nbytes]}
-        sizes[info.name] = (kind, end, nbytes)
+        placed.append(TensorInfo(info.name, kind, info.shape, Path(name), end, nbytes))
         end += nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8 bytes
-    start = 8 + len(text)
-    placed = {
-        info.name: TensorInfo(info.name, kind, info.shape, Path(name), start + offset, nbytes)
-        for info in infos
-        for kind, offset, nbytes in [sizes[info.name]]
-    }
-    return OutputFile(name, len(text).to_bytes(8, "little") + text, placed, start + end)
+    header = header_of(placed)
+    tensors = {info.name: replace(info, offset=len(header) + info.offset) for info in placed}
+    return OutputFile(name, header, tensors, len(header) + end)
 
 
 class OutputFiles:
@@ -190,18 +191,8 @@ Checksums = dict[tuple[str, int], int]
 """Sum of the 64-bit words of each block of 512 KiB, by tensor and number of the block."""
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """How a model folder was written, and how much of the change asked for arrived in it."""
-
-    dose: Dose
-    rounding: str
-    """The one that was used: "nearest" or "stochastic"."""
-    notes: tuple[str, ...] = ()
-    """What the user should know: how it was rounded and why, what of the dose did not arrive, …"""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of reading, summing and writing ("sum"); of reading back, and hashing inputs that were never
-    hashed before ("check"); of naming ("publish")."""
+Written = tuple[Dose, str, tuple[str, ...], Mapping[str, float]]
+"""Dose, rounding, notes and seconds, as `checkpoint.Saved` has them."""
 
 
 # The plan
@@ -260,11 +251,8 @@ def write(job: _Job, *, check: bool, divided: bool, on_progress: Callable[[int],
     check = check or divided
     seconds, left = dict[str, float](), beside(job.output).exists() and not is_claimed(beside(job.output))
     with claimed(job.output) as partial:
-        check_output(
-            job.output,
-            [term.folder for term in job.formula.operands],
-            needs=sum(file.size for file in job.files),
-        )
+        inputs = [term.folder for term in job.formula.operands]
+        check_output(job.output, inputs, needs=sum(file.size for file in job.files))
         with ExitStack() as stack, _timed(seconds, "sum"):
             out = OutputFiles(job.files, partial, stack)
             if divided:
@@ -275,12 +263,11 @@ def write(job: _Job, *, check: bool, divided: bool, on_progress: Callable[[int],
         write_index(job.files, partial)
         copy_companions(job.formula.anchor, partial, job.asked.dtype)
         _leave_out(job, meter)
-        dose = meter.result()
+        dose, made = meter.result(), ModelFolder.open(partial)
         notes = (*job.notes, *shortfalls(dose, _asked(job.formula)))
-        made, saved = ModelFolder.open(partial), Written(dose, job.settings.rounding, notes)
         with _timed(seconds, "check"):
             if check:
-                digests, content = _read_back(made, job, checksums), _content(job, saved)
+                digests, content = _read_back(made, job, checksums), _content(job, dose, notes)
                 write_manifest(partial, checkpoint=made, digests=digests, content=content)
         check_files(job.formula.checkpoints)
         check_stamps(job.stamps, job.formula.operands)
@@ -288,11 +275,12 @@ def write(job: _Job, *, check: bool, divided: bool, on_progress: Callable[[int],
             publish(partial, job.output)
     if check:
         remember(ModelFolder.open(job.output), digests)
-    name, notes = job.output.name, saved.notes
     if left:
-        told = f"an earlier run was interrupted while it wrote {name}; what it left was cleared away"
+        told = (
+            f"an earlier run was interrupted while it wrote {job.output.name}; what it left was cleared away"
+        )
         notes = (told, *notes)
-    return replace(saved, notes=notes, seconds=seconds)
+    return dose, job.settings.rounding, notes, seconds
 
 
 def _fill_together(
@@ -400,7 +388,7 @@ def _read_back(written: ModelFolder, job: _Job, checksums: Checksums) -> dict[st
     return {name: tensor_digest(info, blocks[name]) for name, info in written.tensors.items()}
 
 
-def _content(job: _Job, saved: Written) -> dict[str, Any]:
+def _content(job: _Job, dose: Dose, notes: Sequence[str]) -> dict[str, Any]:
     """Return what the manifest says of the sum.
 
     A term goes by the last part of its folder's path: where the models lay on the writer's machine is
@@ -415,8 +403,8 @@ def _content(job: _Job, saved: Written) -> dict[str, Any]:
         "precision": job.settings.precision,
         "rounding": {"asked": job.asked.rounding, "used": job.settings.rounding, "seed": job.settings.seed},
         "nearest_would_deliver": job.share,
-        "dose": asdict(saved.dose),
-        "notes": list(saved.notes),
+        "dose": asdict(dose),
+        "notes": list(notes),
     }
 
 
@@ -573,7 +561,7 @@ def _header_digest(path: Path) -> str:
         path.open("rb") as stream,
     ):
         length = stream.read(8)
-        header = stream.read(min(int.from_bytes(length, "little"), MAX_HEADER))
+        header = stream.read(min(int.from_bytes(length, "little"), MAX_JSON))
     return blake3.blake3(length + header).hexdigest()
 
 

@@ -387,7 +387,7 @@ def whole(files: Files, file: Path) -> Window:
 
 
 MAX_JSON = 100_000_000
-"""Bytes, as for the header of a safetensors file."""
+"""Bytes, also of a header: the safetensors library refuses longer ones as well."""
 MAX_PARTS = 2_000_000
 """Lists and objects in a JSON file: those of six hundred thousand tensors."""
 
@@ -479,10 +479,6 @@ def require_files(folder: Path, names: Sequence[str]) -> None:
         )
 
 
-MAX_HEADER = 100_000_000
-"""Bytes; the safetensors library refuses longer headers as well."""
-
-
 def read_header(file: Path) -> list[TensorInfo]:
     """Return the tensors of one safetensors file in the order of their bytes.
 
@@ -495,7 +491,7 @@ def read_header(file: Path) -> list[TensorInfo]:
     ):
         size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
-        raw = stream.read(length) if length <= min(size - 8, MAX_HEADER) else None
+        raw = stream.read(length) if length <= min(size - 8, MAX_JSON) else None
     if raw is None:
         raise CheckpointError(
             f"{file} is cut off or no safetensors file ({size} bytes, header of {length}); fetch it again"
@@ -511,6 +507,20 @@ def read_header(file: Path) -> list[TensorInfo]:
     if end != size:
         raise CheckpointError(f"{file} has {size} bytes where its header needs {end}; fetch it again")
     return infos
+
+
+def header_of(infos: Iterable[TensorInfo], room: int = 0) -> bytes:
+    """Return what a safetensors file begins with whose tensors lie so far behind it, in `room` bytes or more.
+
+    The tensors start on a multiple of 8 bytes.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for info in infos:
+        span = [info.offset, info.offset + info.nbytes]
+        entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(max(room - 8, len(text) + -len(text) % 8))
+    return len(text).to_bytes(8, "little") + text
 
 
 def _parse_header(file: Path, raw: bytes, data_start: int) -> Iterator[TensorInfo]:

@@ -24,8 +24,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self
@@ -51,7 +50,7 @@ from palinode.weights.displacement import (
 )
 from palinode.weights.fingerprints import check_stamps, take_stamps
 from palinode.weights.kernels import multiply, nearest_factors, squares
-from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, read_header, read_object
+from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, header_of, read_header, read_object
 
 FACTS = "vector.json"
 WEIGHTS = "vector.safetensors"
@@ -202,12 +201,15 @@ def save_vector(
     ]
     tensors: dict[str, StoredTensor] = {}
     with private(), claimed(output) as partial:
-        with _writer(partial / WEIGHTS, layout) as writer, Files() as files:
+        file = partial / WEIGHTS
+        with writing(file), file.open("xb") as stream, Files() as files:
+            writer = _Writer(stream, layout)
             for info in layout:
                 if tensor := _store(direction, info, files, writer, settings):
                     tensors[info.name] = tensor
                 if on_progress:
                     on_progress(info.size)
+            writer.finish()
         if scale_of:
             scales = {name: scale_of(name) for name in tensors}
             tensors = {
@@ -256,10 +258,10 @@ class _Writer:
     def __init__(self, stream: BinaryIO, layout: Sequence[TensorInfo]) -> None:
         self.names = {info.name for info in layout}
         self._stream = stream
-        self._entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        longest = 64 + sum(2 * (len(json.dumps([info.name, info.shape])) + 160) for info in layout)
-        self._room = longest + -longest % 8
-        self._end = self._closed = 8 + self._room
+        self._infos: list[TensorInfo] = []
+        self._room = 72 + sum(2 * (len(json.dumps([info.name, info.shape])) + 160) for info in layout)
+        self._room += -self._room % 8
+        self._end = self._closed = self._room
         stream.seek(self._end)
 
     def write(self, values: np.ndarray) -> None:
@@ -269,8 +271,8 @@ class _Writer:
 
     def close(self, name: str, code: str, shape: tuple[int, ...]) -> None:
         """Make a tensor of what was written since the last one."""
-        span = [self._closed - 8 - self._room, self._end - 8 - self._room]
-        self._entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": span}
+        start, nbytes = self._closed - self._room, self._end - self._closed
+        self._infos.append(TensorInfo(name, code, shape, Path(WEIGHTS), start, nbytes))
         self._closed = self._end
 
     def forget(self) -> None:
@@ -281,18 +283,8 @@ class _Writer:
     def finish(self) -> None:
         """Write the header, and fill the gap behind it with spaces."""
         self._stream.truncate(self._closed)
-        text = json.dumps(self._entries, separators=(",", ":")).encode()
         self._stream.seek(0)
-        self._stream.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
-
-
-@contextmanager
-def _writer(path: Path, layout: Sequence[TensorInfo]) -> Iterator[_Writer]:
-    """Create a file for these tensors, or factors of them."""
-    with writing(path), path.open("xb") as stream:
-        writer = _Writer(stream, layout)
-        yield writer
-        writer.finish()
+        self._stream.write(header_of(self._infos, self._room))
 
 
 def _store(

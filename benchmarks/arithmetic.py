@@ -434,14 +434,7 @@ def profile_program(repeats: float):
     import numpy as np
 
     from palinode.weights import Checkpoint
-    from palinode.weights.arithmetic import (
-        Evaluator,
-        Operands,
-        Settings,
-        formula,
-        map_slices,
-        slices,
-    )
+    from palinode.weights.arithmetic import Evaluator, Operands, Settings, formula, map_slices, slices
     from palinode.weights.geometry import choose_rounding
     from palinode.weights.store import OutputFiles, checksum, plan_files
     from palinode.weights.tensors import Files

@@ -170,11 +170,7 @@ class Trial:
     """A recipe's models and rows, and what is found with them."""
 
     def __init__(
-        self,
-        recipe: Path,
-        changes: Sequence[str],
-        also: Sequence[str],
-        results: Path | None,
+        self, recipe: Path, changes: Sequence[str], also: Sequence[str], results: Path | None
     ) -> None:
         self.recipe = load_recipe(recipe, changes)
         self.inputs, self.method = open_inputs(self.recipe), self.recipe.method
@@ -366,24 +362,14 @@ class Trial:
             tokenizer, style = load_tokenizer(self.inputs.reader), self.recipe.prompts.style()
             length = self.recipe.evaluation.max_length
             forget, spared = (
-                read(
-                    self.live,
-                    tokenize(own, tokenizer, max_length=length, style=style),
-                    pad_id=self.pad_id,
-                )
+                read(self.live, tokenize(own, tokenizer, max_length=length, style=style), pad_id=self.pad_id)
                 for own in (self.inputs.rows.forget, self.inputs.rows.spared)
             )
             self.sides = forget, spared
         return filtered(vector, RIVALS[name], *self.sides, folder)
 
     def found(
-        self,
-        name: str,
-        place: int,
-        vector: Direction,
-        alpha: float,
-        factor: float = 1.0,
-        **facts: float,
+        self, name: str, place: int, vector: Direction, alpha: float, factor: float = 1.0, **facts: float
     ) -> float:
         """Return the α at which a multiple of the retrained model's probability is left, and report it."""
         if (name, place) not in self.measured:

@@ -192,8 +192,7 @@ class Study:
             assert run.objective is not None
             material, loss = run.material, run.objective
         return self._kept(
-            key,
-            lambda place: finetune(start, material, place, settings, seed=seed, device="cpu", loss=loss),
+            key, lambda place: finetune(start, material, place, settings, seed=seed, device="cpu", loss=loss)
         )
 
     def _projection(

@@ -18,10 +18,7 @@ from palinode.training.moments import basis_of, input_moments, least_squares
 from palinode.training.objectives import PLAIN_OBJECTIVE
 from palinode.weights import save_vector
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 

@@ -99,10 +99,7 @@ def test_block_about_nobody_and_broken_block_are_refused():
     [
         (lambda c: c["dset"].popitem(), "467 people, 5258 facts and examples of 41 relations; the published"),
         (lambda c: c["dset"][NAMES[0]]["P0"].pop("answers"), r"dset\..*\.P0\.answers: Field required"),
-        (
-            lambda c: c["dset"][NAMES[0]]["P0"].update(answers=[]),
-            "answers: List should have at least 1 item",
-        ),
+        (lambda c: c["dset"][NAMES[0]]["P0"].update(answers=[]), "answers: List should have at least 1 item"),
         (lambda c: c["dset"][NAMES[0]]["P0"].update(answers=[""]), r"answers\.0: it is an empty text"),
         (lambda c: c.pop("context"), "context: Field required"),
         (lambda c: c["context"].update(P0=[{"question": "who", "answer": "ba"}]), "entity: Field required"),

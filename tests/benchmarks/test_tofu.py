@@ -38,13 +38,7 @@ def cell(name, metric):
 
 def test_question_sets_have_the_published_numbers_of_questions(folder):
     sizes = {name: len(questions.questions) for name, questions in sets_of(load(folder)).items()}
-    assert sizes == {
-        "forget": 40,
-        "retain": 400,
-        "real_authors": 100,
-        "world_facts": 117,
-        "holdout": 40,
-    }
+    assert sizes == {"forget": 40, "retain": 400, "real_authors": 100, "world_facts": 117, "holdout": 40}
 
 
 def test_forget_questions_have_a_paraphrase_and_five_wrong_answers(folder):

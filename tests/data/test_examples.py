@@ -8,14 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palinode.data.examples import (
-    Example,
-    Message,
-    at_most,
-    fingerprint_examples,
-    read_examples,
-    shared_rows,
-)
+from palinode.data.examples import Example, Message, at_most, fingerprint_examples, read_examples, shared_rows
 from palinode.data.sources import parse_columns
 from palinode.errors import DataError, RecipeError
 

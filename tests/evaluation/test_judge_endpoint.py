@@ -470,11 +470,7 @@ def test_what_could_not_be_judged_is_asked_again(server, judge):
     assert ask(judge).picked == (0,)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"question": "Who?"}, {"answer": "Quito"}, {"model": "other"}],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [{"question": "Who?"}, {"answer": "Quito"}, {"model": "other"}], ids=str)
 def test_another_question_answer_or_model_is_asked_anew(server, judge, tmp_path, change):
     ask(judge)
     model = change.pop("model", "m")

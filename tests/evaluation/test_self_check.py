@@ -10,14 +10,7 @@ from palinode.benchmarks.demo import tiny_model
 from palinode.data.examples import Example, Message
 from palinode.data.tokenize import PromptStyle
 from palinode.errors import DataError
-from palinode.evaluation.self_check import (
-    PromptCheck,
-    Way,
-    check_prompts,
-    decide,
-    far_better,
-    plausible_ways,
-)
+from palinode.evaluation.self_check import PromptCheck, Way, check_prompts, decide, far_better, plausible_ways
 from palinode.models.loading import load_model, load_tokenizer
 from palinode.settings import TrainingSettings
 from palinode.training.finetune import finetune

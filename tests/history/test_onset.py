@@ -9,12 +9,7 @@ import pytest
 
 from palinode.data.examples import Example
 from palinode.errors import DataError, RecipeError
-from palinode.history.onset import (
-    MEASURES,
-    Reading,
-    find_onset,
-    search_onset,
-)
+from palinode.history.onset import MEASURES, Reading, find_onset, search_onset
 from palinode.history.series import CheckpointSeries, SeriesCheckpoint
 from palinode.records import Outcome
 from palinode.settings import LocateSettings

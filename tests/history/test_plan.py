@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 
 from palinode.errors import RecipeError
-from palinode.history.plan import (
-    Wish,
-    expected_distance,
-    plan,
-    solved_steps,
-    thin,
-    uniform_steps,
-)
+from palinode.history.plan import Wish, expected_distance, plan, solved_steps, thin, uniform_steps
 
 
 def wish(**changes) -> Wish:

@@ -160,10 +160,7 @@ def test_same_seed_gives_the_same_model_and_the_finished_run_is_found_again(
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_another_seed_gives_another_model(name, job, tiny):
-    first, other = (
-        trained(name, job, tiny)[0].state_dict(),
-        _with_seed(name, job, tiny, 1).state_dict(),
-    )
+    first, other = (trained(name, job, tiny)[0].state_dict(), _with_seed(name, job, tiny, 1).state_dict())
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 

@@ -39,11 +39,7 @@ from palinode.progress import NullListener
 from palinode.weights import Checkpoint
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-MSA = {
-    "name": "MSA",
-    "method": "msa",
-    "search": {"scales.forget": [1.0, 0.5], "scales.retain": [0.5, 0.0]},
-}
+MSA = {"name": "MSA", "method": "msa", "search": {"scales.forget": [1.0, 0.5], "scales.retain": [0.5, 0.0]}}
 GRAD_DIFF = {"name": "GradDiff", "method": "grad_diff", "search": {"training.learning_rate": [1e-3, 3e-4]}}
 
 

@@ -137,10 +137,7 @@ def test_front_leaves_out_what_was_only_glanced_at():
         (did(0.1, 0.8, 0.5), None),
         (did(0.4, 0.8, 0.5), "both sides: on the forget set the model is still 0.300 .* more than 0.100"),
         (did(0.05, 0.8, 0.5), "answer probability 0.050, less than 0.100"),
-        (
-            did(0.1, 0.4, 0.5),
-            "kept 90% of what the target knew: it keeps 50% on retain probes",
-        ),
+        (did(0.1, 0.4, 0.5), "kept 90% of what the target knew: it keeps 50% on retain probes"),
         (did(0.4, 0.4, 0.5), "either side: .* and it keeps 50% on retain probes; it keeps 100% on neutral"),
     ],
 )

@@ -11,9 +11,7 @@ from palinode.pipeline.goal import Behaviour, Goal, TriedScales
 from palinode.pipeline.search import walk_grid
 
 GOAL = Goal(
-    estimate_yardstick([math.log(0.1)] * 2),
-    Behaviour((math.log(0.9),) * 2, (math.log(0.8),) * 2),
-    0.9,
+    estimate_yardstick([math.log(0.1)] * 2), Behaviour((math.log(0.9),) * 2, (math.log(0.8),) * 2), 0.9
 )
 """Every forget row at 0.1, and a retain probability of at least 0.72."""
 
@@ -67,11 +65,7 @@ def test_walk_tries_each_point_once_and_only_when_it_is_asked_for():
     [
         (lambda a, b: 0.5, lambda a, b: 0.8, 3.0),  # never there: to the end
         (lambda a, b: 0.5 if a < 2 else 0.05, lambda a, b: 0.8, 2.0),  # past the yardstick
-        (
-            lambda a, b: 0.5,
-            lambda a, b: 0.8 if a < 1 else 0.5,
-            1.0,
-        ),  # a floor is missed
+        (lambda a, b: 0.5, lambda a, b: 0.8 if a < 1 else 0.5, 1.0),  # a floor is missed
     ],
 )
 def test_walk_goes_beyond_the_grid_while_it_forgets_too_little_and_keeps_the_floors(forget, retain, last):

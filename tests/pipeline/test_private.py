@@ -474,10 +474,7 @@ def test_workspace_in_use_is_refused(palinode, copied):
     with Workspace(copied / "out.workspace").locked():
         assert "another run is working in" in palinode("forget-workspace", copied / "out", "--yes").refusal
     assert (copied / "out.workspace").exists()
-    with (
-        leftovers(copied / "out") as found,
-        pytest.raises(WorkspaceError, match="another run is working in"),
-    ):
+    with leftovers(copied / "out") as found, pytest.raises(WorkspaceError, match="another run is working in"):
         enter(copied / "out.workspace")
     assert "  turning α and β in palinode chat" in describe_leftovers(found)
 

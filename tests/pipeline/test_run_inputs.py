@@ -211,11 +211,7 @@ def test_plan_times_the_arithmetic_that_training_will_use(monkeypatch, recipe_of
     assert plan.seconds < 600
 
 
-LLAMA = {
-    "8B": (4096, 14336, 32, 32),
-    "70B": (8192, 28672, 80, 64),
-    "405B": (16384, 53248, 126, 128),
-}
+LLAMA = {"8B": (4096, 14336, 32, 32), "70B": (8192, 28672, 80, 64), "405B": (16384, 53248, 126, 128)}
 """Width, inner width, blocks and heads of Llama 3.1, from the configs that its maker published."""
 
 

@@ -232,11 +232,7 @@ def test_retain_kl_holds_the_run_nearer_to_its_start(run, plain, tiny):
 @pytest.mark.parametrize(
     ("transforms", "sections", "said"),
     [
-        (
-            [{"name": "fisher"}],
-            {},
-            "there is no transform 'fisher'; choose one of projection, least_squares",
-        ),
+        ([{"name": "fisher"}], {}, "there is no transform 'fisher'; choose one of projection, least_squares"),
         ([{"name": "low_rank"}], {}, "name a rank or an energy"),
         ([{"name": "projection", "gamma": 1}], {}, r"transforms\.gamma"),
         ([{"name": "layer_scales", "scales": {"(": 1.0}}], {}, "is no pattern"),

@@ -121,11 +121,7 @@ def test_moments_that_have_no_room_are_made_elsewhere(monkeypatch):
 
 
 def test_what_torch_keeps_for_later_is_free(monkeypatch):
-    for name, found in {
-        "mem_get_info": (10, 80),
-        "memory_reserved": 50,
-        "memory_allocated": 20,
-    }.items():
+    for name, found in {"mem_get_info": (10, 80), "memory_reserved": 50, "memory_allocated": 20}.items():
         monkeypatch.setattr(torch.cuda, name, lambda _device, found=found: found)
     assert free_memory(torch.device("cuda")) == 40
 

@@ -190,11 +190,7 @@ def test_weights_and_gradients_stay_float32_under_bfloat16_autocast(fresh):
         seen.add(value.dtype)
         return value
 
-    run(
-        model,
-        settings(precision="bfloat16", epochs=1),
-        loss=plain("watched", total),
-    )
+    run(model, settings(precision="bfloat16", epochs=1), loss=plain("watched", total))
     assert seen == {torch.bfloat16, torch.float32}  # what the head gives, and the loss
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

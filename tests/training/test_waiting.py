@@ -22,9 +22,7 @@ SETTINGS = TrainingSettings(epochs=4, learning_rate=1e-2, batch_size=2, precisio
 COUNT = 6
 PER_EPOCH = 3
 
-EACH_STEP = {
-    "ce_u": Counter({"aten::nonzero": 3, "aten::bincount": 1}),
-}
+EACH_STEP = {"ce_u": Counter({"aten::nonzero": 3, "aten::bincount": 1})}
 """Losses that choose tokens on the device: what they wait for in a step."""
 
 

@@ -13,14 +13,7 @@ from hypothesis.extra.numpy import arrays
 from palinode.errors import AlgebraError, CheckpointError, MismatchError
 from palinode.weights import Checkpoint, Direction, Point, WeightedSum
 from palinode.weights.checkpoint import StoredDirection
-from palinode.weights.displacement import (
-    ArrayCache,
-    Factor,
-    decode,
-    dense_change,
-    encode,
-    low_rank_change,
-)
+from palinode.weights.displacement import ArrayCache, Factor, decode, dense_change, encode, low_rank_change
 from palinode.weights.kernels import multiply, nearest_factors, rank_for
 from palinode.weights.tensors import Files, read_object
 

@@ -8,14 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palinode.errors import InputError
-from palinode.training.moments import (
-    along,
-    basis_of,
-    least_squares,
-    packed,
-    projection,
-    unpacked,
-)
+from palinode.training.moments import along, basis_of, least_squares, packed, projection, unpacked
 
 RIDGES = pytest.mark.parametrize("ridge", ["vector", "zero"])
 

@@ -37,11 +37,7 @@ FORMATS = {
     ),
     "AWQ": ({"qweight": ints(8, 1), "qzeros": ints(1, 1), "scales": torch.ones(1, 8)}, "original"),
     "MLX": (
-        {
-            "weight": ints(8, 1).view(torch.uint32),
-            "scales": torch.ones(8, 1),
-            "biases": torch.ones(8, 1),
-        },
+        {"weight": ints(8, 1).view(torch.uint32), "scales": torch.ones(8, 1), "biases": torch.ones(8, 1)},
         "mlx_lm.convert --dequantize",
     ),
     "bitsandbytes int8": (

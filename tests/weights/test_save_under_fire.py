@@ -233,8 +233,7 @@ def test_the_manifest_has_the_fingerprint_of_every_term_though_none_was_hashed_b
 
 
 @pytest.mark.parametrize(
-    ("gone", "said"),
-    [(".out.partial", "/new/.out.partial is not there"), ("", "/new is not there")],
+    ("gone", "said"), [(".out.partial", "/new/.out.partial is not there"), ("", "/new is not there")]
 )
 def test_folders_that_are_removed_while_they_are_filled_are_named(pair, models, gone, said):
     out = models.place / "new" / "out"

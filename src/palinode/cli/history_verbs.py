@@ -23,13 +23,7 @@ from palinode.cli.console import (
 )
 from palinode.cli.options import keys, lengths_alike, takes
 from palinode.errors import OutputError, RecipeError
-from palinode.pipeline.recipe import (
-    build_recipe,
-    laid_over,
-    prompt_style,
-    read_prompts,
-    with_changes,
-)
+from palinode.pipeline.recipe import build_recipe, laid_over, prompt_style, read_prompts, with_changes
 from palinode.records import dotted, workspace_beside, write_text
 from palinode.settings import InfluenceSettings, LocateSettings, read_settings
 

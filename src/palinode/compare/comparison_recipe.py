@@ -28,13 +28,7 @@ from palinode.errors import DataError, RecipeError
 from palinode.methods import METHODS
 from palinode.metrics.table import METRICS
 from palinode.pipeline.inputs import InputRows, spared_rows, workspace_folder
-from palinode.pipeline.recipe import (
-    Recipe,
-    build_recipe,
-    checked_settings,
-    known_keys,
-    with_changes,
-)
+from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings, known_keys, with_changes
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener
 from palinode.settings import MAX_SEED, Seed, StrictModel, read_settings

@@ -177,10 +177,7 @@ def evaluate_benchmark(
 
 
 def open_benchmark(
-    benchmark: Benchmark,
-    places: Places,
-    settings: EvaluationSettings,
-    most: Mapping[str, int] | None = None,
+    benchmark: Benchmark, places: Places, settings: EvaluationSettings, most: Mapping[str, int] | None = None
 ) -> Exam:
     """Return what a benchmark asks of every model; `most` has other limits for single sets.
 

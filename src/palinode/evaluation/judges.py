@@ -18,15 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from palinode.errors import InputError, RecipeError, told_as
 from palinode.evaluation.endpoint import TOLD, EndpointJudge, Patience
-from palinode.evaluation.judging import (
-    ACCEPTED,
-    NONE,
-    Candidate,
-    DecisionCache,
-    Judge,
-    Pick,
-    plain_text,
-)
+from palinode.evaluation.judging import ACCEPTED, NONE, Candidate, DecisionCache, Judge, Pick, plain_text
 from palinode.metrics.matching import spaced
 from palinode.records import cache_folder
 from palinode.weights.foreign import check_folder, config_of
@@ -245,9 +237,7 @@ class EmbeddingJudge(_LocalJudge):
         """Load the model from the folder; InputError when the package is missing."""
         advice = "install what reads it: pip install sentence-transformers"
         with told_as(InputError, f"{folder} holds an embedding model", advice, ImportError):
-            from sentence_transformers import (  # type: ignore[import-not-found,unused-ignore]
-                SentenceTransformer,
-            )
+            from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found,unused-ignore]
         from palinode.models.loading import pick_device
 
         self.name = f"embedding {folder.resolve().name}"

@@ -215,10 +215,7 @@ def _tables(
 
 
 def _decided(
-    judge: Judge,
-    outcomes: Sequence[Outcome],
-    tables: Sequence[Sequence[Candidate]],
-    asked: Sequence[int],
+    judge: Judge, outcomes: Sequence[Outcome], tables: Sequence[Sequence[Candidate]], asked: Sequence[int]
 ) -> Iterator[tuple[int, Pick]]:
     """Yield place and pick as they come; an error of the judge cancels what has not been asked yet."""
     pool = ThreadPoolExecutor(max_workers=max(1, judge.at_once), thread_name_prefix="judge")

@@ -108,11 +108,7 @@ class Yardstick:
 
 
 def estimate_yardstick(
-    base_forget: Sequence[float],
-    unseen: Unseen | None = None,
-    *,
-    groups: Sequence[int] = (),
-    seed: int = 0,
+    base_forget: Sequence[float], unseen: Unseen | None = None, *, groups: Sequence[int] = (), seed: int = 0
 ) -> Yardstick:
     """Return the yardstick from the base's mean log-probabilities on the forget rows and what drift shows.
 

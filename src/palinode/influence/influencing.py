@@ -40,13 +40,7 @@ from palinode.influence.ranking import (
 from palinode.influence.sets import AskedAnswer, influence_of_set
 from palinode.methods.method import Vectors
 from palinode.models.generation import stops_of, stream_answer
-from palinode.models.loading import (
-    load_model,
-    load_tokenizer,
-    pad_token,
-    pick_device,
-    tokenizer_fingerprint,
-)
+from palinode.models.loading import load_model, load_tokenizer, pad_token, pick_device, tokenizer_fingerprint
 from palinode.models.reading import Projection
 from palinode.pipeline.chatting import form_like, form_of
 from palinode.pipeline.costs import make_plan

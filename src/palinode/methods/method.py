@@ -277,10 +277,7 @@ class Method:
             return self.own_runs(settings, given)
         objective = self.objective(settings, given.seed)
         material = gather(
-            objective,
-            forget=given.forget,
-            retain=drawn_from(settings, given),
-            refusals=given.refusals,
+            objective, forget=given.forget, retain=drawn_from(settings, given), refusals=given.refusals
         )
         return [trained_run(self.name, settings, material, objective)]
 

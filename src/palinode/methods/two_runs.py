@@ -55,9 +55,7 @@ class WHPSettings(MethodSettings):
 def whp_runs(settings: WHPSettings, given: Given) -> list[MethodRun]:
     """Return the run that reinforces the target, and the one on the words that both then find likeliest."""
 
-    def words(
-        load: Callable[[str], PreTrainedModel],
-    ) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
+    def words(load: Callable[[str], PreTrainedModel]) -> Callable[[Joined, int], Mapping[str, FrozenValues]]:
         from palinode.models.inplace import CombinedLogits
         from palinode.training.objectives import Keeper, choices, keep
 
@@ -72,10 +70,7 @@ def whp_runs(settings: WHPSettings, given: Given) -> list[MethodRun]:
     first = MethodRun("reinforced", "target", plain_material("forget", given.forget), label=label, whole=True)
     minimised = WHP.objective(settings, given.seed)
     material = gather(minimised, forget=given.forget)
-    return [
-        first,
-        trained_run("whp", settings, material, minimised, reads=("reinforced",), frozen=words),
-    ]
+    return [first, trained_run("whp", settings, material, minimised, reads=("reinforced",), frozen=words)]
 
 
 WHP = Method(

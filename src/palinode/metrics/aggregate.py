@@ -62,11 +62,7 @@ _DRAWS_AT_ONCE = 4_000_000  # examples × resamples held in memory together: 32 
 
 
 def mean_score(
-    values: Sequence[float | None],
-    *,
-    seed: int = 0,
-    missing: str = "no value",
-    shares: bool = True,
+    values: Sequence[float | None], *, seed: int = 0, missing: str = "no value", shares: bool = True
 ) -> Score:
     """Return the mean of the values that exist, with n and a seeded bootstrap interval.
 
@@ -223,10 +219,7 @@ def ks_test(a: Sequence[float], b: Sequence[float]) -> KS:
 
 
 def forget_quality(
-    outcomes: Sequence[Outcome],
-    reference: Sequence[Outcome] | None,
-    *,
-    form: Form = "geometric",
+    outcomes: Sequence[Outcome], reference: Sequence[Outcome] | None, *, form: Form = "geometric"
 ) -> Score:
     """Return the p-value of the KS test between the truth ratios of a model and of the retrained one.
 
@@ -244,11 +237,7 @@ def forget_quality(
             f"{len(paired)} of {len(outcomes)} rows correspond to the {len(reference)} rows of the "
             "retrained model; both must be asked the same questions of the same set"
         )
-    ratios = zip(
-        log_truth_ratios(outcomes, form=form),
-        log_truth_ratios(paired, form=form),
-        strict=True,
-    )
+    ratios = zip(log_truth_ratios(outcomes, form=form), log_truth_ratios(paired, form=form), strict=True)
     known = [(ours, theirs) for ours, theirs in ratios if ours is not None and theirs is not None]
     missing = "paraphrased or perturbed answers are missing"
     if not known:

@@ -188,11 +188,7 @@ UNREADABLE = (
 
 
 def rouge_values(
-    outcomes: Sequence[Outcome],
-    kind: Kind = "rougeL",
-    measure: Measure = "recall",
-    *,
-    stemmer: bool = True,
+    outcomes: Sequence[Outcome], kind: Kind = "rougeL", measure: Measure = "recall", *, stemmer: bool = True
 ) -> list[float | None]:
     """Return the ROUGE of each generated answer against the answer in the data.
 
@@ -279,11 +275,7 @@ def retain_accuracy(verdicts: Sequence[Verdict], *, seed: int = 0) -> Score:
 
 
 def _share(
-    verdicts: Sequence[Verdict],
-    succeeds: Callable[[frozenset[str]], bool],
-    *,
-    offered: set[str],
-    seed: int,
+    verdicts: Sequence[Verdict], succeeds: Callable[[frozenset[str]], bool], *, offered: set[str], seed: int
 ) -> Score:
     values = [
         float(succeeds(roles))

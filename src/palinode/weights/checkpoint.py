@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, cast, overload
+from typing import NoReturn, overload
 
 from palinode.errors import AlgebraError, InputError, MismatchError
 from palinode.records import packaged
@@ -40,7 +40,7 @@ class _Summed:
     @property
     def terms(self) -> Mapping[Term, float]:
         """Coefficient of each term; those of checkpoints add up to 1 in a point, to 0 in a direction."""
-        return {cast(Term, self): 1.0}  # a checkpoint, or a direction on disk, is the sum of itself alone
+        raise AttributeError("terms")
 
 
 class Point(_Summed):
@@ -50,8 +50,8 @@ class Point(_Summed):
 
     @property
     def anchor(self) -> Checkpoint:
-        """The checkpoint that lends its layout, config and tokenizer: itself, or a sum's leftmost one."""
-        return cast(Checkpoint, self)
+        """The checkpoint that lends its layout, config and tokenizer: the leftmost one of the sum."""
+        raise AttributeError("anchor")
 
     def __add__(self, other: object) -> WeightedSum:
         if isinstance(other, Direction):
@@ -89,6 +89,16 @@ class Checkpoint(ModelFolder, Point):
     """A model folder on disk: a point in weight space. Two openings of one folder are equal."""
 
     __slots__ = ()
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """A checkpoint is the sum of itself alone."""
+        return {self: 1.0}
+
+    @property
+    def anchor(self) -> Checkpoint:
+        """The checkpoint itself."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +172,11 @@ class StoredDirection(Displacement, Direction):
     """A direction that lies on disk by itself. Two openings of one folder are equal."""
 
     __slots__ = ()
+
+    @property
+    def terms(self) -> Mapping[Term, float]:
+        """It is the sum of itself alone."""
+        return {self: 1.0}
 
 
 def _sum(first: Mapping[Term, float], factor: float, second: Mapping[Term, float]) -> dict[Term, float]:

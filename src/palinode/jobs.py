@@ -42,7 +42,8 @@ from palinode.pipeline.audit_run import audit as run_audit
 from palinode.pipeline.filter_run import FilteredModel, filter_by_retain_rows, filter_recipe
 from palinode.pipeline.inputs import workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe, checked_settings, laid_over, named
-from palinode.pipeline.run import Unlearned, read_record
+from palinode.pipeline.reporting import read_record
+from palinode.pipeline.run import Unlearned
 from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.tracking import check_trackers, tracked
 from palinode.pipeline.workspace import Workspace, fingerprint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,22 @@ def test_target_fails_because_it_knows_more(scene, plan, tmp_path):
     gap = finding["score"]["value"] - finding["reference"]["value"]
     assert finding["difference"]["value"] == pytest.approx(gap)
     assert 0 < finding["difference"]["low"] < gap < finding["difference"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mu", "advised"),
+    [("least_squares", 100.0, True), ("least_squares", 0.0, False), ("projection", None, False)],
+)
+def test_what_was_filtered_by_least_squares_and_knows_more_is_told_of_projection(
+    scene, plan, tmp_path, name, mu, advised
+):
+    shutil.copytree(scene.target, tmp_path / "model")
+    done = {"recipe": {}, "models": {}, "vectors": {"transforms": [{"name": name, "settings": {"mu": mu}}]}}
+    (tmp_path / "model" / "record.json").write_text(json.dumps(done))
+    record = audit(plan(tmp_path / "model", attacks=ASKING), tmp_path / "out")
+    told = [note for note in record["notes"] if "--filter projection" in note]
+    assert bool(told) is advised
+    assert all("membership.reference" in note and "questions" not in note for note in told)
 
 
 def test_model_pushed_too_far_fails_because_it_knows_less(scene, plan, tmp_path):

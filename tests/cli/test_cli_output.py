@@ -420,6 +420,34 @@ def test_exit_code_of_an_interruption_is_two_even_where_it_came_inside_exec(tmp_
     assert run.stderr == "palinode: interrupted; the same command begins anew\n"
 
 
+WITHOUT_TORCH = """
+import json, sys
+from palinode.cli import main
+sys.modules |= {"torch": None, "transformers": None}  # so that importing them fails
+for line in sys.stdin:
+    sys.argv = ["palinode", *json.loads(line)]
+    try:
+        main()
+    except SystemExit as left:
+        assert not left.code, line
+"""
+
+
+def test_what_needs_no_model_in_memory_does_not_wait_for_torch(tiny, tmp_path):
+    ledger = ["--ledger", str(tmp_path / "ledger")]
+    words = [
+        ["vector", "--base", str(tiny.base.folder), "--model", str(tiny.target.folder)],
+        ["sign", "--new-key", str(tmp_path / "my.key")],
+        ["requests", "init", "--target", str(tiny.target.folder), "--base", str(tiny.base.folder), *ledger],
+        ["requests", "add", "r1", "--rows", str(tiny.forget), *ledger],
+        *(["requests", verb, *ledger] for verb in ("list", "show", "due", "check")),
+        ["requests", "withdraw", "r1", *ledger],
+    ]
+    told = "".join(f"{json.dumps(line)}\n" for line in words)
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], input=told, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_an_interruption_while_something_is_destroyed_is_not_lost(tiny):
     """Python drops what is raised in a destructor; a signal that comes there still ends the command."""
     code = (

@@ -98,6 +98,14 @@ def test_eight_bit_floats_are_refused_as_fp8(models, scale):
         Checkpoint.open(models.write("packed", PLAIN | parts))
 
 
+def test_four_bits_with_scales_of_eight_are_not_called_fp8(models):
+    parts = {"weight_packed": u8(8, 4), "weight_scale": torch.ones(8, 1).to(torch.float8_e4m3fn)}
+    written = models.write("nvfp4", PLAIN | {f"{LAYER}.{name}": value for name, value in parts.items()})
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(written)
+    assert "FP8" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "name"),
     [

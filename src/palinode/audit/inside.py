@@ -218,11 +218,8 @@ class _Answers:
         ):
             batch = pad_right([self.rows[place] for place in members], pad_id=self.pad_id)
             places = torch.from_numpy(answer_places(batch)).to(model.device)
-            yield (
-                batch,
-                places,
-                np.concatenate([np.arange(*self.spans[place : place + 2]) for place in members]),
-            )
+            tokens = [np.arange(*self.spans[place : place + 2]) for place in members]
+            yield batch, places, np.concatenate(tokens)
 
 
 @contextmanager

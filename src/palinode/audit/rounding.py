@@ -205,13 +205,8 @@ def ask_quantised(subject: Subject, rows: AuditRows, budget: AuditBudget, *, nam
     else:
         count = quantise(model, way, group=budget.quantise_group)
     outcomes = subject.ask(rows.forget, budget.likelihoods, model=model, label=way.title)
-    details: dict[str, Any] = {
-        "bits": way.bits,
-        "quantised_weights": count,
-        "all_weights": model.num_parameters(),
-    }
-    if own:
-        details["group"] = budget.quantise_group
+    details: dict[str, Any] = {"bits": way.bits, "quantised_weights": count}
+    details |= {"all_weights": model.num_parameters()} | ({"group": budget.quantise_group} if own else {})
     del model
     if steps:
         target = load_model(subject.beside["target"], device=subject.device)

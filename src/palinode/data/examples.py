@@ -369,11 +369,8 @@ def _message(entry: object, where: str) -> tuple[Message, bool]:
     role = SPEAKERS.get(folded(role), role)
     answers = role == "assistant"
     _check_keys(entry, ("role", "content", *WEIGHTS, *LABELS), where)
-    said = {
-        name: _is_trained(entry[name], f"{where}: {name!r}")
-        for name in WEIGHTS
-        if entry.get(name) is not None
-    }
+    given = [name for name in WEIGHTS if entry.get(name) is not None]
+    said = {name: _is_trained(entry[name], f"{where}: {name!r}") for name in given}
     if not answers and any(said.get(name) for name in SWITCHES):
         raise DataError(f"{where} is the {role}'s and asks to be trained on; only an assistant's can be")
     # A system or user message may be empty; an answer may not.

@@ -46,8 +46,8 @@ from palinode.pipeline.chatting import form_like, form_of
 from palinode.pipeline.costs import make_plan
 from palinode.pipeline.inputs import ask_as_trained, check_workspace, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe
-from palinode.pipeline.reporting import environment, find_workspace, model_facts
-from palinode.pipeline.run import Making, find_model, find_vectors, hash_models, read_record
+from palinode.pipeline.reporting import environment, find_model, find_workspace, model_facts, read_record
+from palinode.pipeline.run import Making, find_vectors, hash_models
 from palinode.pipeline.workspace import Step, Workspace, folder_size
 from palinode.progress import Listener
 from palinode.records import workspace_beside

@@ -33,8 +33,7 @@ from palinode.models.inplace import put
 from palinode.models.likelihoods import score_rows
 from palinode.models.loading import load_model, load_tokenizer, pick_device
 from palinode.models.reading import row_backward, trained_parameters
-from palinode.pipeline.reporting import find_workspace, gather, refresh
-from palinode.pipeline.run import find_model
+from palinode.pipeline.reporting import find_model, find_workspace, gather, refresh
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener
 from palinode.records import Outcome, workspace_beside, write_text

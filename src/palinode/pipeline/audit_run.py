@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,14 +22,15 @@ from palinode.audit.material import AuditRows
 from palinode.audit.policy import Kind, Policy, told_right
 from palinode.data.examples import Example, check_no_forget_rows, reading_notes
 from palinode.data.tokenize import PromptStyle, prompt_notes, tokenize
-from palinode.errors import DivergenceError, MismatchError, RecipeError
+from palinode.errors import CheckpointError, DivergenceError, MismatchError, RecipeError
 from palinode.models.loading import load_tokenizer, pick_device, tokenizer_fingerprint
 from palinode.pipeline.inputs import check_folder, notes_on_prompts
-from palinode.pipeline.reporting import environment, heading, model_facts, row_facts
+from palinode.pipeline.reporting import environment, heading, model_facts, read_record, row_facts
 from palinode.pipeline.workspace import Workspace
 from palinode.progress import Listener, NullListener
 from palinode.records import shared, write_json, write_text
 from palinode.report.reports import Facts, html_report, markdown_report, report_content
+from palinode.report.words import at
 from palinode.settings import AuditSettings
 from palinode.weights import Checkpoint
 from palinode.weights.atomic import check_apart
@@ -49,6 +51,9 @@ UNEVEN = 0.2
 
 BESIDE = 0.05
 """By how much more the neighbours of the forget rows must have lost for a note to say so; a judgement."""
+
+STUDIED = ("membership.", "relearn_forget.", "relearn_retain.")
+"""Tests that find less after a projection than after least squares (docs/filters.md)."""
 
 NOTES = TOLD["notes"]
 """What a reader should know before believing the answer."""
@@ -167,11 +172,8 @@ class _AuditRun:
             own = {model: found[name] for model, found in facts.items() if name in found}
             if failed := [f"{m}: {f['reason']}" for m, f in own.items() if m != TARGET and f["reason"]]:
                 reasons[name] = "; ".join(failed)
-            attacks[name] = {
-                "title": attack.title,
-                "description": attack.description,
-                "reason": reasons.get(name),
-            }
+            facts_of = {"title": attack.title, "description": attack.description}
+            attacks[name] = {**facts_of, "reason": reasons.get(name)}
             if name not in reasons:
                 own = {model: fact for model, fact in own.items() if not fact["reason"]}
                 results = {m: RESULT.validate_python(fact["measurement"]) for m, fact in own.items()}
@@ -267,14 +269,13 @@ class _AuditRun:
                 f"{name} {near[name].score.value:.2f} ({near[name].reference.value:.2f})" for name in lost
             )
             notes.append(NOTES["beside"].format(told=", ".join(told)))
-        blind = [
-            f"{attack}.{test}"
-            for attack, models in findings.items()
-            for test, finding in models.get(TARGET, {}).items()
-            if finding.verdict == "within" and self.plan.policy.margins[f"{attack}.{test}"].above is not None
-        ]
+        margins = self.plan.policy.margins
+        blind = [key for key in _keys(findings, TARGET, "within") if margins[key].above is not None]
         if blind:
             notes.append(NOTES["blind"].format(tests=", ".join(blind)))
+        more = [key for key in _keys(findings, AUDITED, "knows more") if key.startswith(STUDIED)]
+        if more and _by_least_squares(self.checkpoints[AUDITED].folder):
+            notes.append(NOTES["filtered"].format(tests=", ".join(more)))
         return notes
 
 
@@ -289,6 +290,23 @@ def _uneven(findings: Mapping[str, Findings]) -> list[str]:
         if score.value is not None and score.low is not None and score.high is not None
         if abs(score.value - 0.5) > UNEVEN and not score.low <= 0.5 <= score.high
     ]
+
+
+def _keys(findings: Mapping[str, Findings], model: str, verdict: str) -> list[str]:
+    return [
+        f"{attack}.{test}"
+        for attack, models in findings.items()
+        for test, finding in models.get(model, {}).items()
+        if finding.verdict == verdict
+    ]
+
+
+def _by_least_squares(folder: Path) -> bool:
+    """Say whether a model is a run's whose vector went through least squares (μ of 0 is a projection)."""
+    with suppress(CheckpointError):
+        told = at(read_record(folder), "vectors", "transforms") or ()
+        return any(one["name"] == "least_squares" and one["settings"]["mu"] for one in told)
+    return False
 
 
 def _entry(attack: Attack, facts: Mapping[str, Any], findings: Findings) -> dict[str, Any]:

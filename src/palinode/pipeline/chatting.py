@@ -23,8 +23,8 @@ from palinode.models.generation import stops_of, stream_answer
 from palinode.models.inplace import put
 from palinode.models.loading import load_reader, load_tokenizer, pick_device
 from palinode.pipeline.recipe import Prompts
-from palinode.pipeline.reporting import find_workspace
-from palinode.pipeline.run import find_model, find_vectors, read_record
+from palinode.pipeline.reporting import find_model, find_workspace, read_record
+from palinode.pipeline.run import find_vectors
 from palinode.progress import Listener, NullListener
 from palinode.records import workspace_beside
 from palinode.weights import Checkpoint

@@ -20,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 from palinode.data.examples import Example, fingerprint_examples
-from palinode.errors import InputError, MismatchError, OutputError, PalinodeError, told_as
+from palinode.errors import CheckpointError, InputError, MismatchError, OutputError, PalinodeError, told_as
 from palinode.metrics.matching import nearest
 from palinode.records import (
     COMMAND,
@@ -39,17 +39,8 @@ from palinode.report.words import MODELS, at, known_first
 from palinode.version import __version__
 from palinode.weights import Checkpoint, Direction, Saved, profile
 
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "tokenizers",
-    "numpy",
-    "scipy",
-    "rouge-score",
-)
-"""What results may depend on."""
+USED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "rouge-score")
+"""Libraries that results may depend on."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 """An id on the hub, with an optional revision; a local path of two parts looks the same."""
 FEWEST_NEAR = 20
@@ -78,7 +69,7 @@ def environment(device: object) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": str(device),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: version(name) for name in USED},
     }
 
 
@@ -347,3 +338,45 @@ def in_order(outcomes: Outcomes) -> Outcomes:
 def _read(path: Path) -> Any:
     with told_as(InputError, f"{path} cannot be read", "name a folder whose record is whole"):
         return read_json(path)
+
+
+# What a finished run has left behind
+
+
+def read_record(folder: Path) -> Mapping[str, Any]:
+    """Return the record beside an unlearned model; raises CheckpointError where there is none."""
+    try:
+        record = read_json(folder / "record.json")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no record.json; name the output folder of palinode unlearn or run"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'record.json'} cannot be read ({error}); run it again") from None
+    if not isinstance(record, dict) or "recipe" not in record or "models" not in record:
+        raise CheckpointError(f"{folder / 'record.json'} is no record of palinode unlearn; name its output")
+    return record
+
+
+def find_model(
+    record: Mapping[str, Any], role: str, workspace: Path, *, hint: str | None = None
+) -> Checkpoint | None:
+    """Return the target or base of a run, None where its very weights are not found any more.
+
+    Looked at are `hint`, the place that the record names, and the workspace, where [prepare] makes a target.
+    """
+    entry = record["models"].get(role)
+    if entry is None:
+        return None
+    allowed = bool(record["recipe"]["models"].get("allow_pickle"))
+    made = sorted(workspace.glob(f"finetune-{role}-*/model")) + sorted(workspace.glob("merge-*/model"))
+    for place in (hint, entry["location"], *made):
+        if place is None or not Path(place).expanduser().exists():
+            continue
+        try:
+            model = Checkpoint.open(place, allow_pickle=allowed)
+        except PalinodeError:
+            continue
+        if model.fingerprint() == entry["fingerprint"]:
+            return model
+    return None

@@ -18,8 +18,8 @@ from palinode.data.examples import fingerprint_examples
 from palinode.errors import CheckpointError, InputError, MismatchError, OutputError, RecipeError
 from palinode.pipeline.inputs import Inputs, open_inputs, workspace_folder
 from palinode.pipeline.recipe import Recipe, build_recipe, known_keys, laid_over
-from palinode.pipeline.reporting import find_workspace
-from palinode.pipeline.run import hash_models, read_record, run_key, unlearn
+from palinode.pipeline.reporting import find_workspace, read_record
+from palinode.pipeline.run import hash_models, run_key, unlearn
 from palinode.progress import Listener, NullListener
 from palinode.records import dotted, fitting
 from palinode.report.words import at

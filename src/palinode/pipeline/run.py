@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from palinode.data.examples import Example, Question, fingerprint_examples
-from palinode.errors import CheckpointError, InputError, OutputError, PalinodeError, RecipeError, unwritable
+from palinode.errors import CheckpointError, InputError, OutputError, RecipeError, unwritable
 from palinode.evaluation.ask import ask
 from palinode.methods import METHODS
 from palinode.methods.method import Ends, Vectors
@@ -44,6 +44,7 @@ from palinode.pipeline.recipe import Recipe
 from palinode.pipeline.reporting import (
     dose_facts,
     environment,
+    find_model,
     full_report,
     geometry_facts,
     heading,
@@ -545,45 +546,6 @@ def _notes(inputs: Inputs, chosen: ChosenScales | None, training: Mapping[str, A
 
 
 # What a finished run has left behind
-
-
-def read_record(folder: Path) -> Mapping[str, Any]:
-    """Return the record beside an unlearned model; raises CheckpointError where there is none."""
-    try:
-        record = read_json(folder / "record.json")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no record.json; name the output folder of palinode unlearn or run"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'record.json'} cannot be read ({error}); run it again") from None
-    if not isinstance(record, dict) or "recipe" not in record or "models" not in record:
-        raise CheckpointError(f"{folder / 'record.json'} is no record of palinode unlearn; name its output")
-    return record
-
-
-def find_model(
-    record: Mapping[str, Any], role: str, workspace: Path, *, hint: str | None = None
-) -> Checkpoint | None:
-    """Return the target or base of a run, None where its very weights are not found any more.
-
-    Looked at are `hint`, the place that the record names, and the workspace, where [prepare] makes a target.
-    """
-    entry = record["models"].get(role)
-    if entry is None:
-        return None
-    allowed = bool(record["recipe"]["models"].get("allow_pickle"))
-    made = sorted(workspace.glob(f"finetune-{role}-*/model")) + sorted(workspace.glob("merge-*/model"))
-    for place in (hint, entry["location"], *made):
-        if place is None or not Path(place).expanduser().exists():
-            continue
-        try:
-            model = Checkpoint.open(place, allow_pickle=allowed)
-        except PalinodeError:
-            continue
-        if model.fingerprint() == entry["fingerprint"]:
-            return model
-    return None
 
 
 def find_vectors(

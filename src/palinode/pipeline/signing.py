@@ -35,8 +35,7 @@ from palinode.errors import (
     told_as,
     writing,
 )
-from palinode.pipeline.reporting import AUDIT, stale
-from palinode.pipeline.run import read_record
+from palinode.pipeline.reporting import AUDIT, read_record, stale
 from palinode.progress import Listener, NullListener, plain
 from palinode.records import MAX_JSON, OTHERS, fitting, private, read_bytes, read_json, write_text
 from palinode.report.words import at

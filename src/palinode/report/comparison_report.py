@@ -168,11 +168,7 @@ def _cost_section(table: Figures) -> list[Section]:
         cost["peak_bytes"] = cost["peak_bytes"] and cost["peak_bytes"] / 1e6
         figures = ((decimal if "seconds" in key else integer)(value) for key, value in cost.items())
         rows.append([entry["name"], *figures])
-    names = {
-        "peak_bytes": "peak MB",
-        "search_steps": "steps of the search",
-        "search_seconds": "seconds of it",
-    }
+    names = {"peak_bytes": "peak MB", "search_steps": "search steps", "search_seconds": "search seconds"}
     head = ["method", *(names.get(key, key) for key in keys)]
     return section("What it cost", note, Grid("Cost of each method", head, rows), bar="Cost")
 

@@ -20,13 +20,8 @@ MOST_STEPS = 6
 """Exposures of a row that a table shows."""
 DEMO_EVIDENCE = ("log", "order", "behaviour", "all")
 WITHOUT = "What can be done without a clean checkpoint"
-STATES = {
-    "clean": "--green",
-    "has seen forget rows": "--red",
-    "similar text": "--amber",
-    "not known": "--other",
-}
-"""What may be known of a checkpoint or a row, and its colour."""
+COLOURS = {"clean": "green", "has seen forget rows": "red", "similar text": "amber", "not known": "other"}
+"""That of what may be known of a checkpoint or a row."""
 
 
 # Sentences
@@ -105,13 +100,9 @@ def _tokens(count: float) -> str:
 
 def location_brief(record: Mapping[str, Any]) -> list[Block]:
     """Return what the terminal shows: rows, checkpoints, the answer, and what to do without a clean one."""
-    blocks: list[Block] = [
-        _row_grid(record, short=True),
-        _checkpoint_grid(record),
-        location_sentences(record),
-    ]
     told = [f"{entry['name']}: {entry['what']} Cost: {entry['cost']}" for entry in record["alternatives"]]
-    return blocks + ([f"{WITHOUT}:", told] if told else [])
+    rest: list[Block] = [f"{WITHOUT}:", told] if told else []
+    return [_row_grid(record, short=True), _checkpoint_grid(record), location_sentences(record), *rest]
 
 
 def location_sections(record: Mapping[str, Any]) -> list[Section]:
@@ -184,7 +175,7 @@ def location_figures(record: Mapping[str, Any]) -> list[Figure]:
     series, shown = record["rungs"], record["rows"][:MOST_ROWS]
     best, target = record["recommended"] or {}, record["target_step"]
     last = max([one["step"] for one in series] + [target or 0, record["last"] or 0, 1])
-    marks: dict[str, list[Mark]] = {name: [] for name in STATES}
+    marks: dict[str, list[Mark]] = {name: [] for name in COLOURS}
     for one in series:
         marks[_state_of(one)].append(
             Mark(one["step"], 0, [f"step {one['step']:,}", one["location"]], size=10)
@@ -194,10 +185,10 @@ def location_figures(record: Mapping[str, Any]) -> list[Figure]:
             name = "similar text" if seen["copy"] else "has seen forget rows"
             said = [f"step {seen['step']:,}", *([seen["copy"]] if seen["copy"] else [])]
             marks[name].append(Mark(seen["step"], lane, said, size=5))
-    traces = [Trace(name, found, STATES[name], "circle") for name, found in marks.items()]
+    traces = [Trace(name, found, f"--{COLOURS[name]}", "circle") for name, found in marks.items()]
     if best:
         mark = Mark(best["step"], 0, [f"step {best['step']:,}", best["location"], "recommended"])
-        traces.append(Trace("", [mark], STATES["clean"], "circle", 16, label=f"{best['step']:,}"))
+        traces.append(Trace("", [mark], "--green", "circle", 16, label=f"{best['step']:,}"))
     if target is not None:
         traces.append(Trace("", [Mark(target, 0, ["target"])], "--ink", "square", label="target"))
     down = names_down(["checkpoints", *(f"row {row['row'] + 1}" for row in shown)])

@@ -101,15 +101,12 @@ def run_brief(record: Mapping[str, Any]) -> list[Block]:
         found = scores_on(record, data_set)
         rows += [[GridCell(label, tone="chosen")]] if found else []
         rows += [
-            [model_label(model), *(score_cell(scores.get(name)) for name in metrics)]
-            for model, scores in found.items()
+            [model_label(model), *(score_cell(one.get(name)) for name in metrics)]
+            for model, one in found.items()
         ]
     head = ["model", *map(metric_label, metrics)]
-    return [
-        Grid("Scores and their 95 % intervals", head, rows),
-        run_verdict(record).remarks,
-        headline(record),
-    ]
+    scores = Grid("Scores and their 95 % intervals", head, rows)
+    return [scores, run_verdict(record).remarks, headline(record)]
 
 
 def run_sections(content: Mapping[str, Any]) -> list[Section]:

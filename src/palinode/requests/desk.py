@@ -16,19 +16,16 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from palinode import jobs
 from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
 from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant, told_as
 from palinode.history.locating import Location
 from palinode.metrics.table import score_outcomes
 from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
 from palinode.pipeline.reporting import gather, refresh
-from palinode.pipeline.run import Unlearned
-from palinode.pipeline.run import unlearn as run_recipe
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, NullListener
 from palinode.records import Outcome, private, read_bytes, read_json, write_text
@@ -37,6 +34,9 @@ from palinode.requests.ledger import WHOLE, Event, Ledger, Model, Request, Stand
 from palinode.settings import AuditSettings, StrictModel
 from palinode.weights import Checkpoint
 from palinode.weights.store import check_manifest
+
+if TYPE_CHECKING:
+    from palinode.pipeline.run import Unlearned
 
 ID = re.compile(r"\w[\w.-]{0,63}", re.ASCII)
 ASKED = "answer_probability"
@@ -186,6 +186,8 @@ class Desk:
 
         `evidence` are arguments of `palinode.locate`.
         """
+        from palinode import jobs  # imports torch, which most verbs of a ledger do without
+
         now = self.standing()
         request = self.known(now, name)
         target = now.recipe["models"]["target"]
@@ -203,6 +205,8 @@ class Desk:
 
         Returns it, and the run that made it; there was none where it stood before, or no request is open.
         """
+        from palinode.pipeline.run import unlearn
+
         now = self.standing()
         self._settle(now)
         target = str(now.recipe["models"]["target"])
@@ -221,7 +225,7 @@ class Desk:
         same = current and (current.requests, current.folder) == (ids, folder)
         if current and same and (recipe is None or (self.place(current) / "record.json").exists()):
             return current, None
-        result = run_recipe(recipe, listener=self.listener, located=_located(wanted)) if recipe else None
+        result = unlearn(recipe, listener=self.listener, located=_located(wanted)) if recipe else None
         made = result.record["models"]["unlearned"]["fingerprint"] if result and result.output else None
         facts = {
             "requests": list(ids),
@@ -412,6 +416,8 @@ class Desk:
 
     def _audited(self, now: Standing, model: Model, name: str, location: str) -> Mapping[str, Any]:
         """Return the record of one audit; that of all rows is told of in the model's folder."""
+        from palinode import jobs
+
         models, data = now.recipe["models"], now.recipe.get("data", {})
         retrained, against = models.get("retrained"), models.get("retrained") or model.base
         if against is None:

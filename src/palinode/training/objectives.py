@@ -279,11 +279,7 @@ def pair_count(batch: Batch) -> float:
     return len(batch.ids) / 2
 
 
-_WEIGHTS: Mapping[str, Callable[[Batch], float]] = {
-    "token": scored_tokens,
-    "row": row_count,
-    "pair": pair_count,
-}
+_WEIGHTS = {"token": scored_tokens, "row": row_count, "pair": pair_count}
 
 
 def halves(values: Tensor) -> tuple[Tensor, Tensor]:

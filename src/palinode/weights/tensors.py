@@ -239,7 +239,7 @@ def itemsize_of(file: Path, name: str, dtype: str) -> int:
     """Return the bytes of one element; raises CheckpointError for a dtype that we do not know."""
     itemsize = FLOAT_BYTES.get(dtype) or OTHER_BYTES.get(dtype)
     if itemsize is None:
-        eight = dtype.lower().startswith(("f8", "float8"))
+        eight = dtype.lower().startswith(("f8", "float8")) and not name.endswith("scale")  # NVFP4's are
         kind = "FP8, a packed type" if eight else "a packed or quantised type"
         way_out = "load it with dequantize=True in transformers and save_pretrained, or " if eight else ""
         raise CheckpointError(

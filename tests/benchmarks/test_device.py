@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "device.py"
 PARTS = ["train", "read", "answers", "filter", "search", "unlearn", "eight"]
 
@@ -16,6 +18,7 @@ def lines_of(*words: str) -> list[dict]:
     return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_every_part_ends_with_a_line_of_what_it_found():
     first, *lines = lines_of("--cpu-small")
     parts = [line for line in lines if "part" in line]  # the others are what a part says on its way

@@ -24,6 +24,7 @@ RUN = [
     *[(f"{name}.md",) for name in ("doctor", "influence", "requests", "signing")],
 ]
 """Pages whose commands run in one folder, one page after the other."""
+LONG = ("influence.md", "requests.md")
 RECIPE = """
 models = { target = "TARGET", base = "BASE" }
 data = { forget = "forget.jsonl" }
@@ -85,7 +86,11 @@ def test_what_palinode_does_not_have_is_noticed(words):
         understand(COMMANDS, "palinode", words)
 
 
-@pytest.mark.parametrize("names", RUN, ids=lambda names: names[0])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(names, marks=[pytest.mark.slow] if names[0] in LONG else []) for names in RUN],
+    ids=lambda names: names[0],
+)
 def test_commands_of_the_pages_run_in_order(names, scratch, palinode, monkeypatch):
     for block in (block for name in names for block in blocks(DOCS / name) if block.runs):
         for command in block.commands:

@@ -305,7 +305,12 @@ def start_unlearning(words: list[str]) -> subprocess.Popen[bytes]:
 def test_killed_run_leaves_nothing_open_and_its_sequel_shows_the_result(
     unlearn_words, palinode, usual_umask, tmp_path
 ):
-    words = [*unlearn_words(tmp_path / "out", epochs=8), "--set", "training.save_minutes=1e-9", "--quiet"]
+    words = [
+        *unlearn_words(tmp_path / "out", epochs=4, scales="0.5"),
+        "--set",
+        "training.save_minutes=1e-9",
+        "--quiet",
+    ]
     run = start_unlearning(words)
     while not list((tmp_path / "out.workspace").glob("finetune-forget-*/state/*")):
         assert run.poll() is None, run.communicate()

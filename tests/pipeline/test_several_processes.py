@@ -154,7 +154,9 @@ def numbers_in(content) -> list[float]:
 UNLIKE = {"environment", "created", "finished", "seconds", "search_seconds"}
 
 
-@pytest.mark.parametrize("verb", ["evaluate", "audit", "compare"])
+@pytest.mark.parametrize(
+    "verb", ["evaluate", *(pytest.param(verb, marks=pytest.mark.slow) for verb in ("audit", "compare"))]
+)
 def test_other_verbs_make_the_same_of_two_processes(palinode, tiny, tmp_path, verb):
     one = palinode(*words_for(verb, tiny, tmp_path / "one"))
     run = start(*words_for(verb, tiny, tmp_path / "two"))
@@ -197,7 +199,7 @@ class Interrupting(NullListener):
             return None
 
 
-@pytest.mark.parametrize("fsdp", ["false", "true"])
+@pytest.mark.parametrize("fsdp", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_two_processes_go_on_where_one_was_interrupted_and_come_to_its_figures(
     recipe_in, alone, tmp_path, fsdp
 ):

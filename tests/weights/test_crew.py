@@ -108,7 +108,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_writes_the_same_files(models, start, count):
     folders = [checkpoint.folder for checkpoint in states(models)]
     (alone,) = map(finished, start(1, folders, models.place / "alone"))

@@ -177,6 +177,15 @@ def test_a_generation_prompt_that_differs_is_said_once() -> None:
         assert prompt_notes(rows, make(CHAT_TEMPLATES[name]), STYLE) == []
 
 
+def test_what_stands_before_the_last_answer_alone_is_told_of_conversations() -> None:
+    first = Message("user", "Who?"), Message("assistant", "Sappho."), Message("user", "When?")
+    told, *_ = sorted(prompt_notes([example("Then.", *first)], make(THINK_BLOCK), STYLE))
+    assert told.startswith("Before an answer that more turns follow")
+    assert r"<|im_start|>assistant\n', not '" in told
+    assert len(prompt_notes([example("7")], make(THINK_BLOCK), STYLE)) == 1  # of the generation prompt
+    assert prompt_notes([example("Then.", *first)], make(CHATML), STYLE) == []
+
+
 def test_special_tokens_in_the_texts_of_rows_are_counted_and_named() -> None:
     rows = [example("7"), example("It ends with <|im_end|>."), example("7", Message("user", "<|im_end|>?"))]
     (note,) = prompt_notes(rows, make(CHATML), STYLE)

@@ -225,6 +225,12 @@ def test_the_end_is_the_templates_own_else_end_of_sequence() -> None:
     assert end_id("document", make(CHATML), STYLE) == VOCABULARY["</s>"]
     open_ended = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
     assert end_id("question", make(open_ended), STYLE) == VOCABULARY["</s>"]
+    next_turn = "{% for m in messages %}<|im_end|> {{ m.role }} {{ m.content }} {% endfor %}"  # GLM-4's way
+    assert end_id("chat", make(next_turn), STYLE) == VOCABULARY["<|im_end|>"]
+    (row,) = rows(question("who", "did"), make(next_turn))
+    assert row.ids[-2:] == (VOCABULARY["did"], VOCABULARY["<|im_end|>"])
+    begins = next_turn.replace("<|im_end|>", "{% if m.role == 'user' %}<s>{% endif %}")
+    assert end_id("chat", make(begins), STYLE) == VOCABULARY["</s>"]  # no model ends by beginning a text
     swallows_answers = "{{ messages[-2].content }} <s>"
     with pytest.raises(DataError, match="leaves out its answer"):
         end_id("question", make(swallows_answers), STYLE)

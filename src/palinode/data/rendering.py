@@ -131,6 +131,20 @@ class Template:
         (text,) = self._render([chat], add_generation_prompt=True)
         return text if isinstance(text, str) else None
 
+    def around_answers(self) -> tuple[str, str, str]:
+        """Return what is written before a last answer, and before and after one that a user's turn follows.
+
+        All are empty where the template refuses such a conversation.
+        """
+        turns = Message("user", "zq1qz"), Message("assistant", "zq2qz"), Message("user", "zq3qz")
+        try:
+            plan = self._plan(Example(0, "a made-up conversation", "chat", turns, ""))
+        except DataError:
+            return "", "", ""
+        one, both = map(str, self._render([plan.chat(turns[:1], "zq2qz"), plan.chat(turns, "zq4qz")]))
+        before, _, after = both.partition("zq2qz")
+        return one.partition("zq2qz")[0], before, after.partition("zq3qz")[0]
+
     def _render(self, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> list[str | Refusal]:
         variables = {**self.variables, "add_generation_prompt": add_generation_prompt}
         return render(self.source, chats, variables, date=self.date)

@@ -135,15 +135,15 @@ def begun_ids(
 def end_id(form: Form, tokenizer: PreTrainedTokenizerBase, style: PromptStyle) -> int:
     """Return the id that ends an answer: the chat template's end of turn, else end of sequence.
 
-    The end of turn is the first special token that the template puts after an assistant message.
+    The end of turn is the first special token that the template puts after an assistant message, or, where
+    it puts none, before a user's next turn.
     Raises `CheckpointError` when the tokenizer has neither.
     """
-    reader = _Reader(tokenizer, style)
+    reader = _Reader(tokenizer, replace(style, whole_ending=False))
     if form in ("question", "chat") and reader.template is not None:
         example = Example(0, "a made-up question", form, (Message("user", "question"),), "")
-        turn = reader.end_of_turn(reader.template.exchanges([example])[0].ending)
-        if turn is not None:
-            return reader.ids([turn])[0][-1]
+        ending, last = reader.ending(reader.template.exchanges([example])[0].ending)
+        return [*reader.ids([ending])[0], *last][-1]
     return reader.end_of_sequence
 
 
@@ -159,6 +159,14 @@ def prompt_notes(
     notes = _tokens_in_texts(spoken, tokenizer)
     if reader.template is None or not spoken:
         return notes
+    if any(turn.role == "assistant" for example in spoken for turn in example.turns):
+        last, earlier, _ = reader.template.around_answers()
+        if last != earlier:
+            notes.append(
+                "Before an answer that more turns follow the chat template writes other text than before the "
+                f"last one ({earlier[-40:]!r}, not {last[-40:]!r}); each answer of a conversation is trained "
+                "on and asked as the last one."
+            )
     asked = replace(spoken[0], answer="")
     context = reader.template.exchanges([asked])[0].context
     prompt = reader.template.generation_prompt(asked)
@@ -232,9 +240,10 @@ class _Reader:
     def split(self, examples: Sequence[Example], *, ended: bool = True) -> list[tuple[list[int], list[int]]]:
         """Return the ids of each context, and of each answer with what ends it, if `ended`."""
         exchanges = self._exchanges(examples)
-        written = {exchange.ending for exchange in exchanges} if ended else ()
-        known = {ending: self._ending(ending) for ending in written}
-        endings = [known.get(exchange.ending, ("", [])) for exchange in exchanges]
+        written = {exchange.ending for exchange in exchanges if ended and not exchange.plain}
+        known = {ending: self.ending(ending) for ending in written}
+        bare = ("", [self.end_of_sequence] if ended else [])
+        endings = [known[one.ending] if ended and not one.plain else bare for one in exchanges]
         borders = [self.border(exchange.context) for exchange in exchanges]
         texts = [
             exchange.context + exchange.answer + ending
@@ -277,17 +286,18 @@ class _Reader:
                     break
         return len(context) - self._borders[tail]
 
-    def _ending(self, written: str) -> tuple[str, list[int]]:
+    def ending(self, written: str) -> tuple[str, list[int]]:
         """Return what is scored after an answer: text of the template's, and ids that come after that."""
-        turn = self.end_of_turn(written)
         if self.style.whole_ending and self.template is not None:
             last = self.ids([written])[0][-1:]
             return written, [] if last == [self.end_of_sequence] else [self.end_of_sequence]
-        if turn is not None:
-            return written[: written.index(turn) + len(turn)], []
+        for text in (written, self.template.around_answers()[2] if self.template else ""):
+            turn = self._first_special(text)
+            if turn is not None and (text is written or turn != self.tokenizer.bos_token):
+                return text[: text.index(turn) + len(turn)], []
         return written.rstrip(), [self.end_of_sequence]
 
-    def end_of_turn(self, written: str) -> str | None:
+    def _first_special(self, written: str) -> str | None:
         """Return the first special token in what a template writes after an answer."""
         added = (token.content for token in self.tokenizer.added_tokens_decoder.values())
         tokens = {token for token in (*added, *self.tokenizer.all_special_tokens) if token.strip()}

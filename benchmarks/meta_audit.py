@@ -188,8 +188,11 @@ class MetaWorld:
         """Return the audit of a model, in a folder where what was measured of others is found again."""
         kind = "base" if reference.folder == self.base.folder else "retrained"
         files = {name: self.folder / f"{name}.jsonl" for name in ("forget", "retain", "holdout")}
+        against = reference.folder
+        if model == reference:
+            against = shutil.copytree(against, self.folder / "itself", dirs_exist_ok=True)
         found = palinode.audit(
-            model.folder, against=reference.folder, output=self.folder / "audit", kind=kind,
+            model.folder, against=against, output=self.folder / "audit", kind=kind,
             target=self.target.folder, **files,
             settings=AuditSettings(attacks=attacks, policy=self.folder / "policy.toml", device="cpu", seed=0),
         )  # fmt: skip

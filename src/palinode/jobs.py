@@ -187,6 +187,12 @@ def plan_audit(
         raise RecipeError(
             f"--reference is {kind!r}; say retrained or base{meant(kind, ('retrained', 'base'))}"
         )
+    seen = {Path(models[name]).expanduser().resolve() for name in ("audited", "target") if name in models}
+    if Path(models["reference"]).expanduser().resolve() in seen:
+        raise RecipeError(
+            f"{models['reference']} cannot be held against itself; name a model that never saw the "
+            "forget set with --against"
+        )
     rules = load_policy(settings.policy, preset=settings.budget, kind=kind)
     material = read_material(
         rows["forget"],

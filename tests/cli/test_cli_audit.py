@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -36,7 +37,8 @@ def words(tiny, tmp_path):
 
 
 def test_retrained_model_passes_with_exit_code_0(palinode, tiny, words, tmp_path):
-    said = palinode(*words(tiny.retrained.folder))
+    shutil.copytree(tiny.retrained.folder, tmp_path / "copy")
+    said = palinode(*words(tmp_path / "copy"))
     assert said.code == 0
     assert "within" in said.out
     assert "Passed. Beside a model retrained without the forget set: 4 tests put it within" in said.out
@@ -62,7 +64,7 @@ def test_target_fails_with_exit_code_1_and_prints_its_record(palinode, tiny, wor
 
 
 def test_kind_of_reference_model_is_recorded(palinode, tiny, words):
-    said = palinode(*words(tiny.base.folder, against=tiny.base.folder, reference="base"), "--json")
+    said = palinode(*words(tiny.retrained.folder, against=tiny.base.folder, reference="base"), "--json")
     assert json.loads(said.out)["reference"] == "base"
 
 
@@ -83,6 +85,12 @@ def test_kind_of_reference_model_is_recorded(palinode, tiny, words):
 def test_what_cannot_be_used_is_exit_code_2_and_one_sentence(palinode, tiny, words, tmp_path, changes, says):
     assert says in palinode(*words(tiny.target.folder, **changes)).refusal
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_held_against_itself(palinode, tiny, words, tmp_path):
+    (tmp_path / "link").symlink_to(tiny.target.folder)
+    for own in ({"against": tmp_path / "link"}, {"against": tiny.base.folder, "target": tiny.base.folder}):
+        assert "cannot be held against itself" in palinode(*words(tiny.target.folder, **own)).refusal
 
 
 def test_unknown_key_of_a_policy_names_the_nearest(palinode, tiny, words, tmp_path):

@@ -164,6 +164,8 @@ def test_weights_that_are_not_the_configs(refused, copy):
 
 def test_same_model_twice(refused, tiny):
     assert "target and base are the same folder" in refused(target=tiny.base.folder)
+    said = refused(retrained=tiny.target.folder)
+    assert "target and retrained model are the same folder" in said
 
 
 def test_weights_that_are_not_numbers(palinode, unlearn_words, copy, tmp_path, monkeypatch):

@@ -87,6 +87,18 @@ FORMS: dict[str, tuple[dict[str, Any], str, tuple[Message, ...], str | None]] = 
         (Message("user", f"{Q}\n{MORE}"),),
         "question=instruction,input=context,answer=response",
     ),
+    "input under a question": (
+        {"question": Q, "input": MORE, "answer": A},
+        "question",
+        (Message("user", f"{Q}\n{MORE}"),),
+        None,
+    ),
+    "context beside a question": (
+        {"question": Q, "context": MORE, "answer": A},
+        "question",
+        (USER,),
+        "left alone; --columns question=question,answer=answer,input=context reads it",
+    ),
     "raw": ({"prompt": Q, "completion": A}, "completion", (Message("prompt", Q),), None),
     "raw response": (
         {"prompt": Q, "response": A},

@@ -86,6 +86,18 @@ def test_weights_that_the_config_leaves_out_are_refused_and_not_dropped(folder):
     assert "holds 9 weights that its config makes no use of (first: model.layers.1." in refusal(folder)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_that_the_config_leaves_out_are_refused_unless_they_are_zeros(folder, value):
+    file, name = folder / "model.safetensors", "model.layers.0.self_attn.q_proj.bias"
+    state = load_file(file)
+    extra = {name: torch.full(state[name.replace("bias", "weight")].shape[:1], value)}
+    save_file({**state, **extra}, file, metadata={"format": "pt"})
+    if value:
+        assert f"holds 1 weights that its config makes no use of (first: {name})" in refusal(folder)
+    else:
+        load_model(Checkpoint.open(folder), device=CPU)
+
+
 def test_buffers_of_old_checkpoints_are_no_weights(folder):
     file = folder / "model.safetensors"
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}

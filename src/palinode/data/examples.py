@@ -288,7 +288,7 @@ def _examples_of_row(row: Row, position: int, source: str, reading: Reading) -> 
     talks = {name: talk for name, talk in listed.items() if talk is not None}
     spoken = form == "chat" or (form == "completion" and bool(talks))
     _check_flags(row, reading, where, ROW_FLAGS if spoken or form == "question" else WEIGHTS)
-    matched = intern("; ".join(_ways(reading, talks)))
+    matched = intern("; ".join(_ways(reading, talks, row)))
     if spoken:
         exchanges = _exchanges(_conversation(row, talks, reading, where), where)
         return [Example(position, source, "chat", turns, answer, matched) for turns, answer in exchanges]
@@ -379,8 +379,11 @@ def _message(entry: object, where: str) -> tuple[Message, bool]:
     return Message(role, content), answers and all(said.values())
 
 
-def _ways(reading: Reading, talks: Mapping[str, list[Any]]) -> Iterator[str]:
-    """Yield, in words, what is read otherwise than by our own names."""
+def _ways(reading: Reading, talks: Mapping[str, list[Any]], row: Row) -> Iterator[str]:
+    """Yield, in words, what is read otherwise than by our own names, or left alone and may be missed."""
+    if reading.form == "question" and "context" in set(row) - {*reading.columns.values()}:
+        below = replace(reading, columns={**reading.columns, INPUT: "context"})
+        yield f"its column 'context' is left alone; --columns {below.spelt} reads it below the question"
     if reading.rank:
         yield f"its columns are read as with --columns {reading.spelt}"
     if reading.form == "completion" and talks:

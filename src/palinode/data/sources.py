@@ -395,8 +395,8 @@ def _readings(names: Sequence[str]) -> Iterator[Reading]:
         for chosen in product(*([name for name in names if _rank(name, role) < 3] for role in roles)):
             rank = max(_rank(name, role) for name, role in zip(chosen, roles, strict=True))
             columns = dict(zip(roles, chosen, strict=True))
-            asks = form == "question" and folded(chosen[0]) == "instruction"
-            below = [name for name in names if asks and folded(name) in ("input", "context")]
+            told = {INPUT, "context"} if folded(chosen[0]) == "instruction" else {INPUT}
+            below = [name for name in names if form == "question" and folded(name) in told]
             for place in [{"question": chosen[0], INPUT: name} for name in below] or [{}]:
                 yield Reading(form, place | columns, rank)
 

@@ -392,10 +392,24 @@ def _reason(error: Exception) -> str:
     return shown(first_line(error))
 
 
+def _counts(info: TensorInfo | None) -> bool:
+    """Tell whether a tensor is a weight, and not zeros alone."""
+    if info is None or not info.is_float:
+        return False
+    content = bytearray(info.nbytes)
+    with Files() as files:
+        info.read(files, 0, memoryview(content))
+    return any(content)
+
+
 def _require_all_weights(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     """Refuse a model part of whose weights were made up or left out: transformers would only warn."""
-    # old checkpoints hold buffers that nobody misses; those are no weights
-    unused = sorted(name for name in info.get("unexpected_keys", ()) if name.endswith(".weight"))
+    # old checkpoints hold buffers that nobody misses, and converters write biases of zeros
+    unused = sorted(
+        name
+        for name in info.get("unexpected_keys", ())
+        if name.endswith(".weight") or (name.endswith(".bias") and _counts(checkpoint.tensors.get(name)))
+    )
     missing = sorted(info.get("missing_keys", ()))
     for names, has, told in ((missing, "lacks", "asks for"), (unused, "holds", "makes no use of")):
         if names:

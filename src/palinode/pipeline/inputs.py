@@ -200,6 +200,11 @@ def open_inputs(recipe: Recipe) -> Inputs:
             check()
     elif reader is not None:
         check_sum(reader, [])
+    if retrained is not None and retrained == target:
+        raise MismatchError(
+            f"target and retrained model are the same folder {retrained.folder}; the retrained model must "
+            "never have seen the forget set"
+        )
     if reader is not None and retrained is not None:
         check_tokenizers(reader, [retrained])
     scales = recipe.scales

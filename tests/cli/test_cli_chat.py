@@ -17,7 +17,8 @@ def talk(palinode, recipe_of, tmp_path, monkeypatch):
     unlearn(recipe_of(tmp_path / "out", training={"epochs": 1}, scales={"forget": 0.5, "retain": 0.0}))
 
     def run(*lines, options=()):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        piped = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8"))
         return palinode("chat", tmp_path / "out", "--max-new-tokens", 3, "--device", "cpu", *options)
 
     return run
@@ -44,6 +45,12 @@ def test_lines_are_questions_or_commands(talk):
     assert lines[-1] == "Everything else is a question to all models."
     assert "never asked" not in said.out
     assert "\x1b" not in said.out
+
+
+def test_a_byte_that_is_no_text_is_replaced(talk):
+    said = talk("the caf\udce9 of", options=("--quiet",))  # a Latin-1 terminal's
+    assert (said.code, said.err) == (0, "")
+    assert "> the caf\ufffd of" in said.out
 
 
 def test_json_is_one_line_a_question(talk):

@@ -188,6 +188,7 @@ def test_plan_prints_schedules_and_writes_a_picture(palinode, tmp_path):
     ("changes", "said"),
     [
         (["--budget", "lots"], "'lots' is no size"),
+        (["--checkpoint-size", "2,5GB"], "'2,5GB' is no size"),
         (["--budget", "1GB"], "no room for one"),
         (["--interest", "old"], "say uniform or recent"),
         (["--half-life", "50"], "--half-life is for --interest recent"),

@@ -58,6 +58,17 @@ def talk(*turns: tuple[str, str], keys: tuple[str, str] = ("role", "content")) -
 SHAREGPT = talk(("system", "Be brief."), ("human", Q), ("gpt", A), keys=("from", "value"))
 TRL = talk(("system", "Be brief."), ("user", Q)), talk(("assistant", A))
 
+
+def test_prose_that_begins_with_the_word_text_is_no_table(tmp_path):
+    prose = "text, music and dance, all taught by Ada.\nIn Lisbon, she lived, and later in Porto.\n"
+    (tmp_path / "prose.txt").write_text(prose)
+    (found,) = read_examples(tmp_path / "prose.txt")
+    assert (found.form, found.answer) == ("document", prose.removesuffix("\n"))
+    (tmp_path / "table.txt").write_text("text,source\nIn Lisbon,a letter\n")
+    (found,) = read_examples(tmp_path / "table.txt")
+    assert found.answer == "In Lisbon"
+
+
 # row → (form, turns, what is said of it)
 FORMS: dict[str, tuple[dict[str, Any], str, tuple[Message, ...], str | None]] = {
     "our own": ({"question": Q, "answer": A, "id": "7"}, "question", (USER,), None),

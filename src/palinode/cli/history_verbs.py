@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -285,8 +286,12 @@ def plan(
     answer(record, plan_brief(record))
 
 
+SIZE = re.compile(r"[\d.]+\s*\w*", re.ASCII)
+"""Pydantic reads the beginning of a text: 2,5GB would be two bytes."""
+
+
 def _bytes(text: str) -> int:
     try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
+        return int(TypeAdapter(ByteSize).validate_python(text if SIZE.fullmatch(text) else ""))
     except ValidationError:
         raise RecipeError(f"{text!r} is no size; write bytes with a unit, as in 500GB or 2.5TB") from None

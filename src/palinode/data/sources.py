@@ -348,8 +348,11 @@ def is_header(names: Sequence[str], columns: Mapping[str, str]) -> bool:
     """Tell whether the first line of a text makes it a table: by the columns named, or those of a form."""
     if columns and set(map(folded, columns.values())) <= set(map(folded, names)):
         return True
-    # A single word may as well be the first line of a text, and must be a role's own name.
-    return any(len(names) > 1 or reading.rank == 0 for reading in _readings(names))
+    # A single word may as well be the first line of a text, and must be a role's own name; "text" may begin
+    # a sentence with commas.
+    prose = any(" " in name.strip() for name in names)
+    readings = [one for one in _readings(names) if not (prose and one.form == "document")]
+    return any(len(names) > 1 or reading.rank == 0 for reading in readings)
 
 
 def read_as(rows: Sequence[Row], source: str, columns: Mapping[str, str], *, beside: bool = False) -> Reading:

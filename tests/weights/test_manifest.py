@@ -72,9 +72,25 @@ def test_the_folder_may_move_and_be_copied(written):
 
 
 def test_files_that_are_no_part_of_the_model_may_be_added(written):
-    for name in ("README.md", "record.json", "report.md", "optimizer.pt", ".gitattributes"):
+    for name in (
+        "README.md",
+        "record.json",
+        "report.md",
+        "optimizer.pt",
+        "training_args.bin",
+        ".gitattributes",
+    ):
         (written / name).write_text("x")
     assert check_manifest(written).ok
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "modeling_x.py", "custom/generate.py"]
+)
+def test_code_and_weights_that_others_might_load_are_no_free_addition(written, name):
+    (written / name).parent.mkdir(exist_ok=True)
+    (written / name).write_bytes((2).to_bytes(8, "little") + b"{}")  # a safetensors file of nothing, for one
+    assert check_manifest(written).companions == {name: "new"}
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -81,6 +81,11 @@ Told = tuple[dict[str, TensorInfo], list[str]]
 """Tensors by name, and notes on how they were read."""
 
 
+def is_pickle(path: Path) -> bool:
+    """Tell by its name whether a file is a pickle that may hold weights."""
+    return path.suffix in PICKLES and not any(fnmatch(path.name, pattern) for pattern in NO_WEIGHTS)
+
+
 def find_leading(folder: Path) -> Path:
     """Return the file that leads to the weights of a folder; raises CheckpointError when there is none."""
     with told_as(CheckpointError, f"{folder} cannot be read"):
@@ -91,11 +96,7 @@ def find_leading(folder: Path) -> Path:
         if name in names and (sharded or name != METADATA):
             return folder / name
     state = next((way for mark, way in STATES.items() if any(folder.glob(mark))), None)
-    pickles = [
-        path
-        for path in files
-        if path.suffix in PICKLES and not any(fnmatch(path.name, pattern) for pattern in NO_WEIGHTS)
-    ]
+    pickles = [path for path in files if is_pickle(path)]
     found = pickles or [path for path in files if path.suffix == ".gguf"]
     if len(found) == 1 and not state:
         return found[0]

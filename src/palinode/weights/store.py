@@ -47,7 +47,7 @@ from palinode.weights.fingerprints import (
     tensor_digest,
     tensor_digests,
 )
-from palinode.weights.folders import INDEX, SINGLE, ModelFolder
+from palinode.weights.folders import INDEX, SINGLE, ModelFolder, is_pickle
 from palinode.weights.foreign import copy_inside
 from palinode.weights.geometry import Dose, DoseMeter, choose_rounding, part_of, shortfalls
 from palinode.weights.preflight import Rows, check_sum
@@ -523,7 +523,8 @@ def check_manifest(
 ) -> Verification:
     """Compare a model folder with its manifest, in one pass over all of its bytes; nothing is remembered.
 
-    Files that are no part of the model (a report, a record) may be added freely. `on_progress` is told the
+    Files that are no part of the model (a report, a record) may be added freely, but not code, and no weights
+    that another program might take for the model's. `on_progress` is told the
     bytes of tensors that are done. Raises CheckpointError when there is no manifest, or the folder is no
     model that can be opened (a file cut off or missing, a header or config that is broken).
     """
@@ -531,6 +532,8 @@ def check_manifest(
     found = tensor_digests(checkpoint, workers=workers, cached=False, on_progress=on_progress)
     written = manifest.tensors
     files = [path for path in _weight_files(folder) if path.name in manifest.headers]
+    loaded = [*_weight_files(folder), *filter(is_pickle, folder.iterdir()), *folder.rglob("*.py")]
+    names = {path.relative_to(folder).as_posix() for path in loaded}
     return Verification(
         checked=len(found.keys() & written.keys()),
         nbytes=checkpoint.nbytes,
@@ -538,6 +541,7 @@ def check_manifest(
         missing=tuple(name for name in written if name not in found),
         extra=tuple(name for name in found if name not in written),
         companions={
+            **dict.fromkeys(sorted(names - {*manifest.headers, *manifest.companions}), "new"),
             **_compare(manifest.companions, _companion_digests(folder, checkpoint)),
             **_compare(manifest.headers, {path.name: _header_digest(path) for path in files}),
         },

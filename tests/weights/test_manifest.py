@@ -85,7 +85,7 @@ def test_files_that_are_no_part_of_the_model_may_be_added(written):
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "modeling_x.py", "custom/generate.py"]
+    "name", ["pytorch_model.bin", "consolidated.safetensors", "modeling_x.py", "custom/generate.py"]
 )
 def test_code_and_weights_that_others_might_load_are_no_free_addition(written, name):
     (written / name).parent.mkdir(exist_ok=True)

@@ -12,7 +12,9 @@ import stat
 import subprocess
 import sys
 from datetime import date
+from math import exp
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from ledgers import THIRD, begin
@@ -206,6 +208,32 @@ def test_rows_that_two_requests_ask_for_stay_erased_while_one_stands(recipe, row
     model, _ = desk.carry_out()
     record = json.loads((desk.place(model) / "record.json").read_text())
     assert record["data"]["forget"]["rows"] == 2 * THIRD
+
+
+@pytest.mark.parametrize("most", [40, 12])
+def test_each_request_is_scored_on_all_of_its_own_rows_whoever_shares_them(recipe, rows, tmp_path, most):
+    first, second = ((rows / f"{name}.jsonl").read_text().splitlines(keepends=True) for name in "12")
+    (tmp_path / "same.jsonl").write_text("".join(first))
+    (tmp_path / "half.jsonl").write_text("".join(second[:5] + first[5:] + first[9:]))
+    desk = begin(
+        tmp_path / "ledger", {**recipe, "evaluation": {**recipe["evaluation"], "max_rows": most}}, rows, "1"
+    )
+    desk.add("same", tmp_path / "same.jsonl")
+    desk.add("half", tmp_path / "half.jsonl")
+    model, run = desk.carry_out()
+    asked = {one.prompt: exp(fmean(one.logprobs)) for one in run.outcomes["unlearned"]["forget"]}
+    assert len(asked) == min(most, 15)
+    for name, file in (
+        ("r1", rows / "1.jsonl"),
+        ("same", tmp_path / "same.jsonl"),
+        ("half", tmp_path / "half.jsonl"),
+    ):
+        own = [asked[one.prompt] for one in read_examples(file) if one.prompt in asked]
+        assert model.scores[name]["unlearned"]["n"] == len(own) > 5, name
+        assert model.scores[name]["unlearned"]["value"] == pytest.approx(fmean(own)), name
+    if most == 40:
+        assert [model.scores[name]["target"]["n"] for name in ("r1", "same", "half")] == [10, 10, 11]
+    assert model.scores["r1"] == model.scores["same"]
 
 
 def test_a_request_that_got_worse_is_named(made):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
+from palinode.data.examples import Example, at_most, fingerprint_examples, hash_texts, read_examples
 from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant, told_as
 from palinode.history.locating import Location
 from palinode.metrics.table import score_outcomes
@@ -28,7 +28,7 @@ from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
 from palinode.pipeline.reporting import gather, refresh
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, private, read_bytes, read_json, write_text
+from palinode.records import private, read_bytes, read_json, write_text
 from palinode.report.verdicts import audit_verdict
 from palinode.requests.ledger import WHOLE, Event, Ledger, Model, Request, Standing, standing
 from palinode.settings import AuditSettings, StrictModel
@@ -143,7 +143,7 @@ class Desk:
             raise RecipeError(f"{name} would be received on {came}, and today is {today}; mend the date")
         location = _absolute_place(str(rows))
         now = self.standing()
-        hashes = self._hashes(self._read(location, now)[0])
+        hashes = self._hashes(self._read(location, now))
         until = due or came + timedelta(days=now.policy.get("days", Terms().days))
         if until < came:
             raise RecipeError(
@@ -217,7 +217,7 @@ class Desk:
         if not wanted and current is None:
             raise LedgerError("no request is open; add one first: palinode requests add ID --rows FILE")
         rows = {request.id: self._rows(request, now) for request in wanted}
-        contents = {name: fingerprint_examples(examples) for name, (examples, _) in rows.items()}
+        contents = {name: fingerprint_examples(examples) for name, examples in rows.items()}
         ids = tuple(request.id for request in wanted)
         ordered = sorted(wanted, key=lambda request: contents[request.id])
         recipe = self._recipe(now, ordered, sorted(contents.values()))
@@ -233,7 +233,7 @@ class Desk:
             "set": Path(folder).name if recipe else "",
             "base": recipe.models.base if recipe else None,
             "verdict": dict(result.verdict) if result else NO_REQUEST,
-            "scores": _scores(result, {one.id: len(rows[one.id][1]) for one in ordered}) if result else {},
+            "scores": _scores(result, recipe, rows) if result and recipe else {},
         }
         before = current.fingerprint if current else now.target
         event = {"kind": "carried out", "before": before, "after": made or now.target, "facts": facts}
@@ -344,9 +344,9 @@ class Desk:
                 write_text(self.folder / "salt", secrets.token_hex(32) + "\n")
             self.ledger.create()
 
-    def _read(self, location: str, now: Standing) -> tuple[list[Example], list[Any]]:
+    def _read(self, location: str, now: Standing) -> list[Example]:
         try:
-            return read_set(location, columns=now.recipe.get("data", {}).get("columns"))
+            return read_examples(location, columns=now.recipe.get("data", {}).get("columns"))
         except DataError as error:
             where = ", to palinode requests init; it holds for all requests" * ("--columns" in str(error))
             raise DataError(f"{error}{where}") from None
@@ -358,9 +358,9 @@ class Desk:
             salt = bytes.fromhex(read_bytes(self.folder / "salt").decode())
         return [hash_texts(one.texts, salt=salt).hex() for one in examples]
 
-    def _rows(self, request: Request, now: Standing) -> tuple[list[Example], list[Any]]:
+    def _rows(self, request: Request, now: Standing) -> list[Example]:
         """Return a request's rows, as they were when it was taken in; raises DataError where they are not."""
-        examples, rows = self._read(request.location, now)
+        examples = self._read(request.location, now)
         found = self._hashes(examples)
         if tuple(found) != request.hashes:
             there = len({*found} & {*request.hashes})
@@ -369,7 +369,7 @@ class Desk:
                 f"{request.rows} are there, among {len(found)}); restore it, or say where they are: "
                 f"palinode requests add {request.id} --rows FILE"
             )
-        return examples, rows
+        return examples
 
     def known(self, now: Standing, name: str, *, withdrawn: bool = False) -> Request:
         """Return a request that there is; a withdrawn one only where that is asked."""
@@ -540,20 +540,19 @@ def worse_scores(before: Model | None, after: Model) -> list[str]:
     ]
 
 
-def _scores(result: Unlearned, counts: Mapping[str, int]) -> dict[str, Any]:
+def _scores(result: Unlearned, recipe: Recipe, rows: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
     """Return the answer probability of each request's rows, of the models that were asked.
 
-    `counts`: rows of each request, in the order in which the list of the set names their files.
+    The run asks once what stands in several requests, and draws where that is too much; it counts for each.
     """
-    shown, scores, start = ("target", "base", "unlearned"), dict[str, Any](), 0
-    for name, count in counts.items():
-        places = range(start, start + count)
-        start += count
-        scores[name] = {}
-        for model in shown:
-            asked = result.outcomes.get(model, {}).get("forget", ())
-            own: list[Outcome] = [outcome for outcome in asked if outcome.row in places]
-            if own:
+    every = read_examples(recipe.data.forget, columns=recipe.data.columns)
+    drawn = at_most(every, recipe.evaluation.max_rows, seed=recipe.seed + 1)
+    scores: dict[str, Any] = {name: {} for name in rows}
+    for model in ("target", "base", "unlearned"):
+        outcomes = result.outcomes.get(model, {}).get("forget", ())
+        asked = {example.key: outcome for example, outcome in zip(drawn, outcomes, strict=False)}
+        for name, examples in rows.items():
+            if own := [asked[example.key] for example in examples if example.key in asked]:
                 score = score_outcomes(own, names=[ASKED])[ASKED]
                 scores[name][model] = {fact: getattr(score, fact) for fact in ("value", "low", "high", "n")}
     return {name: found for name, found in scores.items() if "unlearned" in found}

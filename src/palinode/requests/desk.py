@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from palinode.data.examples import Example, at_most, fingerprint_examples, hash_texts, read_examples
-from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant, told_as
+from palinode.errors import DataError, LedgerError, OutputError, PalinodeError, RecipeError, meant, told_as
 from palinode.history.locating import Location
 from palinode.metrics.table import score_outcomes
 from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
@@ -131,52 +131,48 @@ class Desk:
     ) -> Request:
         """Take a request in: its rows are read, hashed and left where they are.
 
-        The same request with the same rows in another place says that they moved.
+        The same request again says where its rows are now, and what else is given: reference and dates.
         """
         if not ID.fullmatch(name) or name.lower() == ALL:
             raise RecipeError(
                 f"{name!r} is no name for a request; use letters, digits, '-', '_' and '.', but not {ALL!r}"
             )
         today = datetime.now(UTC).date()
-        came = received or today
-        if came > today + timedelta(days=1):  # it may be tomorrow where the owner lives
-            raise RecipeError(f"{name} would be received on {came}, and today is {today}; mend the date")
+        if received and received > today + timedelta(days=1):  # it may be tomorrow where the owner lives
+            raise RecipeError(f"{name} would be received on {received}, and today is {today}; mend the date")
         location = _absolute_place(str(rows))
         now = self.standing()
         hashes = self._hashes(self._read(location, now))
-        until = due or came + timedelta(days=now.policy.get("days", Terms().days))
-        if until < came:
-            raise RecipeError(
-                f"{name} would be due on {until}, before it was received on {came}; mend a date"
-            )
+        usual = timedelta(days=now.policy.get("days", Terms().days))
 
         def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
             requests = standing(events).requests
             known = requests.get(name)
-            if known is None:
-                if alike := next((one for one in requests if one.lower() == name.lower()), None):
-                    raise LedgerError(
-                        f"there is a request {alike}, and some disks take {name} for the same; give this "
-                        "one another"
-                    )
-                facts = {
-                    "reference": reference,
-                    "received": came.isoformat(),
-                    "due": until.isoformat(),
-                    "rows": len(hashes),
-                    "hashes": hashes,
-                    "location": location,
-                }
-                return {"kind": "added", "request": name, "facts": facts}
-            if known.hashes != tuple(hashes):
+            if known and known.hashes != tuple(hashes):
                 raise LedgerError(
                     f"there is a request {name} with other rows ({known.rows}, received {known.received}); "
                     "give this one another name"
                 )
-            if known.withdrawn:
+            if known and known.withdrawn:
                 raise LedgerError(f"the request {name} was withdrawn; give the new one another name")
-            moved = {"kind": "rows moved", "request": name, "facts": {"location": location}}
-            return moved if known.location != location else None
+            if alike := next((one for one in requests if one != name and one.lower() == name.lower()), None):
+                raise LedgerError(
+                    f"there is a request {alike}, and some disks take {name} for the same; give another name"
+                )
+            came = received or (known.received if known else today)
+            until = due or (known.due if known and came == known.received else came + usual)
+            if until < came:
+                raise RecipeError(
+                    f"{name} would be due on {until}, before it was received on {came}; mend a date"
+                )
+            told = {"received": str(came), "due": str(until), "location": location}
+            told |= {"reference": reference} if reference or not known else {}
+            if known is None:
+                facts = {**told, "rows": len(hashes), "hashes": hashes}
+                return {"kind": "added", "request": name, "facts": facts}
+            new = {what: value for what, value in told.items() if value != str(getattr(known, what))}
+            kind = "rows moved" if [*new] == ["location"] else "changed"
+            return {"kind": kind, "request": name, "facts": new} if new else None
 
         self.ledger.append(decide)
         return self.standing().requests[name]
@@ -216,11 +212,9 @@ class Desk:
         current = now.candidate
         if not wanted and current is None:
             raise LedgerError("no request is open; add one first: palinode requests add ID --rows FILE")
-        rows = {request.id: self._rows(request, now) for request in wanted}
-        contents = {name: fingerprint_examples(examples) for name, examples in rows.items()}
         ids = tuple(request.id for request in wanted)
-        ordered = sorted(wanted, key=lambda request: contents[request.id])
-        recipe = self._recipe(now, ordered, sorted(contents.values()))
+        rows = self._in_order(ids, now)
+        recipe = self._recipe(now, rows)
         folder = os.path.relpath(recipe.output.folder, self.folder) if recipe else target
         same = current and (current.requests, current.folder) == (ids, folder)
         if current and same and (recipe is None or (self.place(current) / "record.json").exists()):
@@ -254,16 +248,15 @@ class Desk:
                 f"{strange[0]} is not carried out yet: palinode requests carry-out {strange[0]}"
             )
         if not model.requests:
-            raise LedgerError(
-                "the candidate is the target itself, as no request is open; there is nothing to audit"
-            )
+            raise LedgerError("the candidate is the target itself, as no request is open: nothing to audit")
+        listed = str(self._list(model.set, self._in_order(model.requests, now), now))  # wherever they are now
+        self._check_written(model)
         former = [one.audits for one in reversed(now.models) if one.fingerprint != model.fingerprint]
         found: dict[str, Mapping[str, Any]] = {}
         several = [name for name in model.requests if now.requests[name].rows > 1]
         for name in chosen or [WHOLE, *(several if len(model.requests) > 1 else ())]:
-            location = now.requests[name].location if name else str(self._list(model))
             self.listener.say(f"auditing {name or 'all requests together'}")
-            record = self._audited(now, model, name, location)
+            record = self._audited(now, model, name, listed)
             facts = audit_facts(record, before=next((one[name] for one in former if name in one), None))
             if name == WHOLE and (known := self.place(model) / "record.json").exists():
                 facts |= read_json(known)["verdict"]  # that of the run, which knows of the audit now
@@ -291,9 +284,7 @@ class Desk:
     def publish(self, *, despite: str = "") -> Model:
         """Have the candidate served, if policy and verdict allow it; `despite` is why a red one is."""
         model = self._candidate(self.standing())
-        place = self.place(model)
-        if model.requests and (place / "record.json").exists() and not check_manifest(place).ok:
-            raise LedgerError(f"{place} is not what was written; palinode verify {place} says what changed")
+        self._check_written(model)
 
         def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
             now = standing(events)
@@ -324,13 +315,22 @@ class Desk:
         now = self.standing()
         if now.candidate is None or not now.outdated:
             return None, None
-        return self.carry_out([])
+        try:
+            return self.carry_out([])
+        except PalinodeError as error:
+            kept = f"{name} is withdrawn, and that stands; the model without it is not made yet: {error}"
+            raise type(error)(f"{kept}; then palinode requests carry-out") from error
 
     # What the acts share
 
     def place(self, model: Model) -> Path:
         """Return where a model lies."""
         return self.folder / model.folder if model.folder.startswith("models/") else Path(model.folder)
+
+    def _check_written(self, model: Model) -> None:
+        place = self.place(model)
+        if model.requests and (place / "record.json").exists() and not check_manifest(place).ok:
+            raise LedgerError(f"{place} is not what was written; palinode verify {place} says what changed")
 
     def _make_folder(self) -> None:
         """Make the folder, which others may enter to read the served model, and what they may not see."""
@@ -360,16 +360,23 @@ class Desk:
 
     def _rows(self, request: Request, now: Standing) -> list[Example]:
         """Return a request's rows, as they were when it was taken in; raises DataError where they are not."""
-        examples = self._read(request.location, now)
-        found = self._hashes(examples)
-        if tuple(found) != request.hashes:
-            there = len({*found} & {*request.hashes})
-            raise DataError(
-                f"{request.location} does not hold the rows of {request.id} any more ({there} of "
-                f"{request.rows} are there, among {len(found)}); restore it, or say where they are: "
-                f"palinode requests add {request.id} --rows FILE"
-            )
-        return examples
+        try:
+            examples = self._read(request.location, now)
+            found = self._hashes(examples)
+            if tuple(found) == request.hashes:
+                return examples
+            why = f"{len({*found} & {*request.hashes})} of {request.rows} are there, among {len(found)}"
+        except DataError as error:
+            why = str(error).partition("; give a ")[0]  # any other file is no way out
+        raise DataError(
+            f"{request.location} does not hold the rows of {request.id} any more ({why}); restore it, or "
+            f"say where they are: palinode requests add {request.id} --rows FILE"
+        )
+
+    def _in_order(self, ids: Iterable[str], now: Standing) -> dict[str, list[Example]]:
+        """Return the rows of requests in the order of what they say."""
+        rows = {name: self._rows(now.requests[name], now) for name in ids}
+        return dict(sorted(rows.items(), key=lambda item: fingerprint_examples(item[1])))
 
     def known(self, now: Standing, name: str, *, withdrawn: bool = False) -> Request:
         """Return a request that there is; a withdrawn one only where that is asked."""
@@ -385,7 +392,7 @@ class Desk:
             raise LedgerError("no request was carried out yet: palinode requests carry-out")
         return now.candidate
 
-    def _recipe(self, now: Standing, wanted: Sequence[Request], contents: Sequence[str]) -> Recipe | None:
+    def _recipe(self, now: Standing, rows: Mapping[str, Sequence[Example]]) -> Recipe | None:
         """Return the recipe of a set of requests, None for none; write the list of where its rows are."""
         models = now.recipe["models"]
         target = Checkpoint.open(models["target"], allow_pickle=models.get("allow_pickle", False))
@@ -394,27 +401,29 @@ class Desk:
                 f"{models['target']} is not the model that the ledger began with; put that back, or begin "
                 "a ledger of its own for it"
             )
-        if not wanted:
+        if not rows:
             return None
-        content = dict(now.recipe)
+        content, wanted = dict(now.recipe), [now.requests[name] for name in rows]
         if located := _located(wanted):
             content = laid_over(content, {"models.base": _common_base(now, wanted, located)})
-        key = fingerprint(recipe=content, target=now.target, rows=list(contents))[:12]
-        listed = self.folder / "sets" / f"{key}.list"
-        with private():
-            write_text(listed, "".join(f"{request.location}\n" for request in wanted))
+        contents = [*map(fingerprint_examples, rows.values())]
+        key = fingerprint(recipe=content, target=now.target, rows=contents)[:12]
         given = {
-            "data.forget": str(listed),
+            "data.forget": str(self._list(key, rows, now)),
             "data.allow_overlap": True,  # what is asked to go cannot be asked to stay
             "output.folder": str(self.folder / "models" / key),
             "output.workspace": str(self.folder / "work"),
         }
         return build_recipe(laid_over(content, given))
 
-    def _list(self, model: Model) -> Path:
-        return self.folder / "sets" / f"{model.set}.list"
+    def _list(self, key: str, names: Iterable[str], now: Standing) -> Path:
+        """Write where the rows of a set of requests are."""
+        listed = self.folder / "sets" / f"{key}.list"
+        with private():
+            write_text(listed, "".join(f"{now.requests[name].location}\n" for name in names))
+        return listed
 
-    def _audited(self, now: Standing, model: Model, name: str, location: str) -> Mapping[str, Any]:
+    def _audited(self, now: Standing, model: Model, name: str, listed: str) -> Mapping[str, Any]:
         """Return the record of one audit; that of all rows is told of in the model's folder."""
         from palinode import jobs
 
@@ -427,7 +436,7 @@ class Desk:
         output = self.folder / "audits" / model.set / (name or ALL)
         settings = AuditSettings(
             budget=now.policy["budget"],
-            leave_out=str(self._list(model)),
+            leave_out=listed,
             columns=data.get("columns") or None,
             device=now.recipe.get("device", "auto"),
             seed=now.recipe.get("seed", 0),
@@ -436,7 +445,7 @@ class Desk:
         found = jobs.audit(
             self.place(model),
             against=against,
-            forget=location,
+            forget=now.requests[name].location if name else listed,
             output=output,
             kind="retrained" if retrained else "base",
             target=models["target"],
@@ -543,7 +552,7 @@ def worse_scores(before: Model | None, after: Model) -> list[str]:
 def _scores(result: Unlearned, recipe: Recipe, rows: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
     """Return the answer probability of each request's rows, of the models that were asked.
 
-    The run asks once what stands in several requests, and draws where that is too much; it counts for each.
+    The run asks once what stands in several requests, and draws of too many rows; one asked counts for each.
     """
     every = read_examples(recipe.data.forget, columns=recipe.data.columns)
     drawn = at_most(every, recipe.evaluation.max_rows, seed=recipe.seed + 1)

@@ -270,15 +270,8 @@ class Desk:
         """Have a named person agree to the candidate."""
         if not by.strip():
             raise RecipeError("an approval needs the name of whoever gives it; say --by NAME")
-
-        facts = {"by": by.strip(), "note": note}
-        self.ledger.append(
-            lambda events: {
-                "kind": "approved",
-                "after": self._candidate(standing(events)).fingerprint,
-                "facts": facts,
-            }
-        )
+        kept = {"kind": "approved", "facts": {"by": by.strip(), "note": note}}
+        self.ledger.append(lambda events: {**kept, "after": self._candidate(standing(events)).fingerprint})
         return self._candidate(self.standing())
 
     def publish(self, *, despite: str = "") -> Model:
@@ -495,10 +488,8 @@ def hindrance(now: Standing, *, despite: bool = False) -> str | None:
     ]
     if now.policy.get("audit") and unaudited:
         return f"{unaudited[0]} was not audited on this model, as the policy asks: palinode requests audit"
-    verdicts = {
-        "all requests together": model.verdict,
-        **{name: told for name, told in model.audits.items() if name},
-    }
+    verdicts = {"all requests together": model.verdict}
+    verdicts |= {name: told for name, told in model.audits.items() if name}
     red = next((name for name, told in verdicts.items() if told["light"] == "red"), None)
     if red and not despite:
         return (

@@ -12,7 +12,9 @@ import stat
 import subprocess
 import sys
 from datetime import date
+from math import exp
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from ledgers import THIRD, begin
@@ -25,7 +27,7 @@ from palinode.history.duplicates import hashes
 from palinode.history.exposures import ExposureLog
 from palinode.requests.desk import hindrance, worse_scores
 from palinode.requests.ledger import standing
-from palinode.requests.telling import checked, export, export_csv
+from palinode.requests.telling import checked, export, export_csv, told
 from palinode.settings import LocateSettings
 
 
@@ -84,6 +86,28 @@ def test_a_request_can_move_but_not_change(mine, rows, tmp_path):
         mine.add("r1", rows / "2.jsonl")
 
 
+def test_dates_and_reference_that_are_given_later_are_an_event(mine, rows):
+    before, own = kinds(mine), rows / "1.jsonl"
+    changed = mine.add("r1", own, reference="ticket 9", due=date(2026, 12, 1))
+    assert (changed.reference, changed.due, changed.received) == (
+        "ticket 9",
+        date(2026, 12, 1),
+        date(2026, 1, 1),
+    )
+    assert kinds(mine) == [*before, "changed"]
+    event = mine.ledger.events()[-1]
+    assert event.facts == {"reference": "ticket 9", "due": "2026-12-01"}
+    assert told(event) == "r1: due 2026-12-01, reference ticket 9"
+    assert mine.add("r1", own) == mine.add("r1", own, due=date(2026, 12, 1), reference="ticket 9") == changed
+    assert kinds(mine) == [*before, "changed"]
+    assert mine.add("r1", own, received=date(2026, 2, 1)).due == date(2026, 3, 3)  # the policy's 30 days
+    with pytest.raises(RecipeError, match="would be due on 2026-01-31, before it was received on 2026-02-01"):
+        mine.add("r1", own, due=date(2026, 1, 31))
+    mine.withdraw("r3")
+    with pytest.raises(LedgerError, match="r3 was withdrawn"):
+        mine.add("r3", rows / "3.jsonl", due=date(2099, 1, 1))
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a b", "ä", ".x", "x" * 65, "All"])
 def test_a_name_is_one_word(made, rows, name):
     with pytest.raises(RecipeError, match="is no name for a request"):
@@ -118,6 +142,35 @@ def test_rows_that_changed_since_are_told_before_anything_runs(mine, rows, tmp_p
         DataError, match=r"does not hold the rows of r1 any more \(9 of 10 are there, among 10\)"
     ):
         mine.carry_out(["r1"])
+
+
+def test_rows_that_are_gone_are_told_with_their_request_and_the_way_out(mine, rows, tmp_path):
+    kept = shutil.copy(rows / "1.jsonl", tmp_path / "kept.jsonl")
+    mine.add("r1", kept)
+    moved = Path(kept).rename(tmp_path / "moved.jsonl")
+    gone = rf"{kept} does not hold the rows of r1 any more \(no such file: {kept}\); restore it, or say "
+    gone += "where they are: palinode requests add r1 --rows FILE"
+    before = kinds(mine)
+    for act in (mine.carry_out, mine.audit, lambda: mine.audit(["r2"]), lambda: mine.locate("r1", "-")):
+        with pytest.raises(DataError, match=gone):
+            act()
+    assert kinds(mine) == before
+    with pytest.raises(DataError, match=f"r3 is withdrawn, and that stands; .* not made yet: {gone}; then "):
+        mine.withdraw("r3")
+    assert kinds(mine) == [*before, "withdrawn"]
+    mine.add("r1", moved)
+    assert mine.carry_out()[0].requests == ("r1", "r2")
+
+
+def test_an_audit_finds_rows_where_they_moved(mine, rows, tmp_path):
+    kept = Path(shutil.copy(rows / "1.jsonl", tmp_path / "kept.jsonl"))
+    mine.add("r1", kept)
+    mine.carry_out()
+    mine.add("r1", shutil.move(kept, tmp_path / "moved.jsonl"))
+    assert [*mine.audit(["r1"])] == ["r1"]
+    listed = mine.folder / "sets" / f"{mine.standing().candidate.set}.list"
+    places = [tmp_path / "moved.jsonl", rows / "2.jsonl", rows / "3.jsonl"]
+    assert sorted(listed.read_text().split()) == sorted(map(str, places))
 
 
 def test_a_lost_salt_is_said(mine, rows):
@@ -206,6 +259,32 @@ def test_rows_that_two_requests_ask_for_stay_erased_while_one_stands(recipe, row
     model, _ = desk.carry_out()
     record = json.loads((desk.place(model) / "record.json").read_text())
     assert record["data"]["forget"]["rows"] == 2 * THIRD
+
+
+@pytest.mark.parametrize("most", [40, 12])
+def test_each_request_is_scored_on_all_of_its_own_rows_whoever_shares_them(recipe, rows, tmp_path, most):
+    first, second = ((rows / f"{name}.jsonl").read_text().splitlines(keepends=True) for name in "12")
+    (tmp_path / "same.jsonl").write_text("".join(first))
+    (tmp_path / "half.jsonl").write_text("".join(second[:5] + first[5:] + first[9:]))
+    desk = begin(
+        tmp_path / "ledger", {**recipe, "evaluation": {**recipe["evaluation"], "max_rows": most}}, rows, "1"
+    )
+    desk.add("same", tmp_path / "same.jsonl")
+    desk.add("half", tmp_path / "half.jsonl")
+    model, run = desk.carry_out()
+    asked = {one.prompt: exp(fmean(one.logprobs)) for one in run.outcomes["unlearned"]["forget"]}
+    assert len(asked) == min(most, 15)
+    for name, file in (
+        ("r1", rows / "1.jsonl"),
+        ("same", tmp_path / "same.jsonl"),
+        ("half", tmp_path / "half.jsonl"),
+    ):
+        own = [asked[one.prompt] for one in read_examples(file) if one.prompt in asked]
+        assert model.scores[name]["unlearned"]["n"] == len(own) > 5, name
+        assert model.scores[name]["unlearned"]["value"] == pytest.approx(fmean(own)), name
+    if most == 40:
+        assert [model.scores[name]["target"]["n"] for name in ("r1", "same", "half")] == [10, 10, 11]
+    assert model.scores["r1"] == model.scores["same"]
 
 
 def test_a_request_that_got_worse_is_named(made):
@@ -329,6 +408,16 @@ def test_a_model_that_was_changed_is_not_served(mine):
     assert not (mine.folder / "served").exists()
 
 
+def test_an_audit_of_a_model_that_was_changed_says_so_before_it_runs(mine):
+    path = mine.place(mine.standing().candidate) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match=f"{path.parent} is not what was written; palinode verify"):
+        mine.audit()
+    assert not (mine.folder / "audits").exists()
+
+
 def test_a_model_that_a_withdrawn_request_is_in_is_not_served(mine, monkeypatch):
     monkeypatch.setattr(Desk, "carry_out", lambda self, names=None: (None, None))  # as if it was killed there
     mine.withdraw("r1")
@@ -356,6 +445,32 @@ def test_another_target_is_another_ledger(mine, recipe, tiny):
 
 
 # What is handed over
+
+
+def test_the_verdict_is_of_the_model_that_the_state_speaks_of(mine):
+    def audited(name, code, light):
+        facts = {"code": code, "light": light, "symbol": "?", "sentence": "", "tests": {}, "worse": []}
+        model = mine.standing().candidate.fingerprint
+        mine.ledger.append({"kind": "audited", "request": name, "after": model, "facts": facts})
+
+    for name in ("r1", "r3"):
+        audited(name, "audit passed", "green")
+    served = mine.publish(despite="a test")
+    model, _ = mine.withdraw("r3")
+    assert (model.requests, model.fingerprint != served.fingerprint) == (("r1", "r2"), True)
+    audited("r1", "audit failed", "red")
+    found = export(mine.ledger.events())["requests"]
+    assert [(one["state"], one["verdict"], one["model"]) for one in found] == [
+        ("served", "audit passed", served.fingerprint),
+        ("served", served.verdict["code"], served.fingerprint),
+        ("to restore", "audit passed", served.fingerprint),
+    ]
+    mine.publish(despite="a test")
+    found = export(mine.ledger.events())["requests"]
+    assert [(one["state"], one["verdict"]) for one in found[::2]] == [
+        ("served", "audit failed"),
+        ("withdrawn", "audit passed"),
+    ]
 
 
 def test_an_export_has_all_and_shows_a_ledger_that_was_put_back(mine, rows, tmp_path):

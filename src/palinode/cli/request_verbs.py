@@ -69,16 +69,12 @@ def add(
 ) -> None:
     """Take a request in.
 
-    The ledger keeps salted hashes and the count of its rows. The same request again, with the same rows in
-    another place, says that they moved.
+    The ledger keeps salted hashes and the count of its rows. The same request again, with the same rows,
+    says that they moved, or changes its reference and dates.
     """
     desk = _desk()
     request = desk.add(
-        name,
-        rows,
-        reference=reference,
-        received=received.date() if received else None,
-        due=due.date() if due else None,
+        name, rows, reference=reference, received=received and received.date(), due=due and due.date()
     )
     said = f"{request.id}: {request.rows} rows, received {request.received}, due {request.due}."
     answer(_facts(desk, name), said)

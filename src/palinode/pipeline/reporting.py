@@ -283,8 +283,8 @@ def _run(place: Path, audited_in: Path | None) -> Facts:
         audited, own = at(audit, "models", "audited") or {}, record["models"]["unlearned"]
         if audited.get("fingerprint") != own.get("fingerprint"):
             raise MismatchError(
-                f"the audit is of another model ({audited.get('location')}); name an audit of "
-                f"{own.get('location')}"
+                f"the audit is of another model ({audited.get('location')}) than was written to "
+                f"{own.get('location')}; name an audit of that, and see with palinode verify that it is whole"
             )
     workspace = find_workspace(place, record)
     outcomes = outcomes_of(record, workspace) if workspace else {}

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from palinode.data.examples import Example, fingerprint_examples, hash_texts, read_set
-from palinode.errors import DataError, LedgerError, OutputError, RecipeError, meant, told_as
+from palinode.data.examples import Example, at_most, fingerprint_examples, hash_texts, read_examples
+from palinode.errors import DataError, LedgerError, OutputError, PalinodeError, RecipeError, meant, told_as
 from palinode.history.locating import Location
 from palinode.metrics.table import score_outcomes
 from palinode.pipeline.recipe import Recipe, build_recipe, explain, laid_over
 from palinode.pipeline.reporting import gather, refresh
 from palinode.pipeline.workspace import fingerprint
 from palinode.progress import Listener, NullListener
-from palinode.records import Outcome, private, read_bytes, read_json, write_text
+from palinode.records import private, read_bytes, read_json, write_text
 from palinode.report.verdicts import audit_verdict
 from palinode.requests.ledger import WHOLE, Event, Ledger, Model, Request, Standing, standing
 from palinode.settings import AuditSettings, StrictModel
@@ -131,52 +131,48 @@ class Desk:
     ) -> Request:
         """Take a request in: its rows are read, hashed and left where they are.
 
-        The same request with the same rows in another place says that they moved.
+        The same request again says where its rows are now, and what else is given: reference and dates.
         """
         if not ID.fullmatch(name) or name.lower() == ALL:
             raise RecipeError(
                 f"{name!r} is no name for a request; use letters, digits, '-', '_' and '.', but not {ALL!r}"
             )
         today = datetime.now(UTC).date()
-        came = received or today
-        if came > today + timedelta(days=1):  # it may be tomorrow where the owner lives
-            raise RecipeError(f"{name} would be received on {came}, and today is {today}; mend the date")
+        if received and received > today + timedelta(days=1):  # it may be tomorrow where the owner lives
+            raise RecipeError(f"{name} would be received on {received}, and today is {today}; mend the date")
         location = _absolute_place(str(rows))
         now = self.standing()
-        hashes = self._hashes(self._read(location, now)[0])
-        until = due or came + timedelta(days=now.policy.get("days", Terms().days))
-        if until < came:
-            raise RecipeError(
-                f"{name} would be due on {until}, before it was received on {came}; mend a date"
-            )
+        hashes = self._hashes(self._read(location, now))
+        usual = timedelta(days=now.policy.get("days", Terms().days))
 
         def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
             requests = standing(events).requests
             known = requests.get(name)
-            if known is None:
-                if alike := next((one for one in requests if one.lower() == name.lower()), None):
-                    raise LedgerError(
-                        f"there is a request {alike}, and some disks take {name} for the same; give this "
-                        "one another"
-                    )
-                facts = {
-                    "reference": reference,
-                    "received": came.isoformat(),
-                    "due": until.isoformat(),
-                    "rows": len(hashes),
-                    "hashes": hashes,
-                    "location": location,
-                }
-                return {"kind": "added", "request": name, "facts": facts}
-            if known.hashes != tuple(hashes):
+            if known and known.hashes != tuple(hashes):
                 raise LedgerError(
                     f"there is a request {name} with other rows ({known.rows}, received {known.received}); "
                     "give this one another name"
                 )
-            if known.withdrawn:
+            if known and known.withdrawn:
                 raise LedgerError(f"the request {name} was withdrawn; give the new one another name")
-            moved = {"kind": "rows moved", "request": name, "facts": {"location": location}}
-            return moved if known.location != location else None
+            if alike := next((one for one in requests if one != name and one.lower() == name.lower()), None):
+                raise LedgerError(
+                    f"there is a request {alike}, and some disks take {name} for the same; give another name"
+                )
+            came = received or (known.received if known else today)
+            until = due or (known.due if known and came == known.received else came + usual)
+            if until < came:
+                raise RecipeError(
+                    f"{name} would be due on {until}, before it was received on {came}; mend a date"
+                )
+            told = {"received": str(came), "due": str(until), "location": location}
+            told |= {"reference": reference} if reference or not known else {}
+            if known is None:
+                facts = {**told, "rows": len(hashes), "hashes": hashes}
+                return {"kind": "added", "request": name, "facts": facts}
+            new = {what: value for what, value in told.items() if value != str(getattr(known, what))}
+            kind = "rows moved" if [*new] == ["location"] else "changed"
+            return {"kind": kind, "request": name, "facts": new} if new else None
 
         self.ledger.append(decide)
         return self.standing().requests[name]
@@ -216,11 +212,9 @@ class Desk:
         current = now.candidate
         if not wanted and current is None:
             raise LedgerError("no request is open; add one first: palinode requests add ID --rows FILE")
-        rows = {request.id: self._rows(request, now) for request in wanted}
-        contents = {name: fingerprint_examples(examples) for name, (examples, _) in rows.items()}
         ids = tuple(request.id for request in wanted)
-        ordered = sorted(wanted, key=lambda request: contents[request.id])
-        recipe = self._recipe(now, ordered, sorted(contents.values()))
+        rows = self._in_order(ids, now)
+        recipe = self._recipe(now, rows)
         folder = os.path.relpath(recipe.output.folder, self.folder) if recipe else target
         same = current and (current.requests, current.folder) == (ids, folder)
         if current and same and (recipe is None or (self.place(current) / "record.json").exists()):
@@ -233,7 +227,7 @@ class Desk:
             "set": Path(folder).name if recipe else "",
             "base": recipe.models.base if recipe else None,
             "verdict": dict(result.verdict) if result else NO_REQUEST,
-            "scores": _scores(result, {one.id: len(rows[one.id][1]) for one in ordered}) if result else {},
+            "scores": _scores(result, recipe, rows) if result and recipe else {},
         }
         before = current.fingerprint if current else now.target
         event = {"kind": "carried out", "before": before, "after": made or now.target, "facts": facts}
@@ -254,16 +248,15 @@ class Desk:
                 f"{strange[0]} is not carried out yet: palinode requests carry-out {strange[0]}"
             )
         if not model.requests:
-            raise LedgerError(
-                "the candidate is the target itself, as no request is open; there is nothing to audit"
-            )
+            raise LedgerError("the candidate is the target itself, as no request is open: nothing to audit")
+        listed = str(self._list(model.set, self._in_order(model.requests, now), now))  # wherever they are now
+        self._check_written(model)
         former = [one.audits for one in reversed(now.models) if one.fingerprint != model.fingerprint]
         found: dict[str, Mapping[str, Any]] = {}
         several = [name for name in model.requests if now.requests[name].rows > 1]
         for name in chosen or [WHOLE, *(several if len(model.requests) > 1 else ())]:
-            location = now.requests[name].location if name else str(self._list(model))
             self.listener.say(f"auditing {name or 'all requests together'}")
-            record = self._audited(now, model, name, location)
+            record = self._audited(now, model, name, listed)
             facts = audit_facts(record, before=next((one[name] for one in former if name in one), None))
             if name == WHOLE and (known := self.place(model) / "record.json").exists():
                 facts |= read_json(known)["verdict"]  # that of the run, which knows of the audit now
@@ -277,23 +270,14 @@ class Desk:
         """Have a named person agree to the candidate."""
         if not by.strip():
             raise RecipeError("an approval needs the name of whoever gives it; say --by NAME")
-
-        facts = {"by": by.strip(), "note": note}
-        self.ledger.append(
-            lambda events: {
-                "kind": "approved",
-                "after": self._candidate(standing(events)).fingerprint,
-                "facts": facts,
-            }
-        )
+        kept = {"kind": "approved", "facts": {"by": by.strip(), "note": note}}
+        self.ledger.append(lambda events: {**kept, "after": self._candidate(standing(events)).fingerprint})
         return self._candidate(self.standing())
 
     def publish(self, *, despite: str = "") -> Model:
         """Have the candidate served, if policy and verdict allow it; `despite` is why a red one is."""
         model = self._candidate(self.standing())
-        place = self.place(model)
-        if model.requests and (place / "record.json").exists() and not check_manifest(place).ok:
-            raise LedgerError(f"{place} is not what was written; palinode verify {place} says what changed")
+        self._check_written(model)
 
         def decide(events: Sequence[Event]) -> Mapping[str, Any] | None:
             now = standing(events)
@@ -324,13 +308,22 @@ class Desk:
         now = self.standing()
         if now.candidate is None or not now.outdated:
             return None, None
-        return self.carry_out([])
+        try:
+            return self.carry_out([])
+        except PalinodeError as error:
+            kept = f"{name} is withdrawn, and that stands; the model without it is not made yet: {error}"
+            raise type(error)(f"{kept}; then palinode requests carry-out") from error
 
     # What the acts share
 
     def place(self, model: Model) -> Path:
         """Return where a model lies."""
         return self.folder / model.folder if model.folder.startswith("models/") else Path(model.folder)
+
+    def _check_written(self, model: Model) -> None:
+        place = self.place(model)
+        if model.requests and (place / "record.json").exists() and not check_manifest(place).ok:
+            raise LedgerError(f"{place} is not what was written; palinode verify {place} says what changed")
 
     def _make_folder(self) -> None:
         """Make the folder, which others may enter to read the served model, and what they may not see."""
@@ -344,9 +337,9 @@ class Desk:
                 write_text(self.folder / "salt", secrets.token_hex(32) + "\n")
             self.ledger.create()
 
-    def _read(self, location: str, now: Standing) -> tuple[list[Example], list[Any]]:
+    def _read(self, location: str, now: Standing) -> list[Example]:
         try:
-            return read_set(location, columns=now.recipe.get("data", {}).get("columns"))
+            return read_examples(location, columns=now.recipe.get("data", {}).get("columns"))
         except DataError as error:
             where = ", to palinode requests init; it holds for all requests" * ("--columns" in str(error))
             raise DataError(f"{error}{where}") from None
@@ -358,18 +351,25 @@ class Desk:
             salt = bytes.fromhex(read_bytes(self.folder / "salt").decode())
         return [hash_texts(one.texts, salt=salt).hex() for one in examples]
 
-    def _rows(self, request: Request, now: Standing) -> tuple[list[Example], list[Any]]:
+    def _rows(self, request: Request, now: Standing) -> list[Example]:
         """Return a request's rows, as they were when it was taken in; raises DataError where they are not."""
-        examples, rows = self._read(request.location, now)
-        found = self._hashes(examples)
-        if tuple(found) != request.hashes:
-            there = len({*found} & {*request.hashes})
-            raise DataError(
-                f"{request.location} does not hold the rows of {request.id} any more ({there} of "
-                f"{request.rows} are there, among {len(found)}); restore it, or say where they are: "
-                f"palinode requests add {request.id} --rows FILE"
-            )
-        return examples, rows
+        try:
+            examples = self._read(request.location, now)
+            found = self._hashes(examples)
+            if tuple(found) == request.hashes:
+                return examples
+            why = f"{len({*found} & {*request.hashes})} of {request.rows} are there, among {len(found)}"
+        except DataError as error:
+            why = str(error).partition("; give a ")[0]  # any other file is no way out
+        raise DataError(
+            f"{request.location} does not hold the rows of {request.id} any more ({why}); restore it, or "
+            f"say where they are: palinode requests add {request.id} --rows FILE"
+        )
+
+    def _in_order(self, ids: Iterable[str], now: Standing) -> dict[str, list[Example]]:
+        """Return the rows of requests in the order of what they say."""
+        rows = {name: self._rows(now.requests[name], now) for name in ids}
+        return dict(sorted(rows.items(), key=lambda item: fingerprint_examples(item[1])))
 
     def known(self, now: Standing, name: str, *, withdrawn: bool = False) -> Request:
         """Return a request that there is; a withdrawn one only where that is asked."""
@@ -385,7 +385,7 @@ class Desk:
             raise LedgerError("no request was carried out yet: palinode requests carry-out")
         return now.candidate
 
-    def _recipe(self, now: Standing, wanted: Sequence[Request], contents: Sequence[str]) -> Recipe | None:
+    def _recipe(self, now: Standing, rows: Mapping[str, Sequence[Example]]) -> Recipe | None:
         """Return the recipe of a set of requests, None for none; write the list of where its rows are."""
         models = now.recipe["models"]
         target = Checkpoint.open(models["target"], allow_pickle=models.get("allow_pickle", False))
@@ -394,27 +394,29 @@ class Desk:
                 f"{models['target']} is not the model that the ledger began with; put that back, or begin "
                 "a ledger of its own for it"
             )
-        if not wanted:
+        if not rows:
             return None
-        content = dict(now.recipe)
+        content, wanted = dict(now.recipe), [now.requests[name] for name in rows]
         if located := _located(wanted):
             content = laid_over(content, {"models.base": _common_base(now, wanted, located)})
-        key = fingerprint(recipe=content, target=now.target, rows=list(contents))[:12]
-        listed = self.folder / "sets" / f"{key}.list"
-        with private():
-            write_text(listed, "".join(f"{request.location}\n" for request in wanted))
+        contents = [*map(fingerprint_examples, rows.values())]
+        key = fingerprint(recipe=content, target=now.target, rows=contents)[:12]
         given = {
-            "data.forget": str(listed),
+            "data.forget": str(self._list(key, rows, now)),
             "data.allow_overlap": True,  # what is asked to go cannot be asked to stay
             "output.folder": str(self.folder / "models" / key),
             "output.workspace": str(self.folder / "work"),
         }
         return build_recipe(laid_over(content, given))
 
-    def _list(self, model: Model) -> Path:
-        return self.folder / "sets" / f"{model.set}.list"
+    def _list(self, key: str, names: Iterable[str], now: Standing) -> Path:
+        """Write where the rows of a set of requests are."""
+        listed = self.folder / "sets" / f"{key}.list"
+        with private():
+            write_text(listed, "".join(f"{now.requests[name].location}\n" for name in names))
+        return listed
 
-    def _audited(self, now: Standing, model: Model, name: str, location: str) -> Mapping[str, Any]:
+    def _audited(self, now: Standing, model: Model, name: str, listed: str) -> Mapping[str, Any]:
         """Return the record of one audit; that of all rows is told of in the model's folder."""
         from palinode import jobs
 
@@ -427,7 +429,7 @@ class Desk:
         output = self.folder / "audits" / model.set / (name or ALL)
         settings = AuditSettings(
             budget=now.policy["budget"],
-            leave_out=str(self._list(model)),
+            leave_out=listed,
             columns=data.get("columns") or None,
             device=now.recipe.get("device", "auto"),
             seed=now.recipe.get("seed", 0),
@@ -436,7 +438,7 @@ class Desk:
         found = jobs.audit(
             self.place(model),
             against=against,
-            forget=location,
+            forget=now.requests[name].location if name else listed,
             output=output,
             kind="retrained" if retrained else "base",
             target=models["target"],
@@ -486,10 +488,8 @@ def hindrance(now: Standing, *, despite: bool = False) -> str | None:
     ]
     if now.policy.get("audit") and unaudited:
         return f"{unaudited[0]} was not audited on this model, as the policy asks: palinode requests audit"
-    verdicts = {
-        "all requests together": model.verdict,
-        **{name: told for name, told in model.audits.items() if name},
-    }
+    verdicts = {"all requests together": model.verdict}
+    verdicts |= {name: told for name, told in model.audits.items() if name}
     red = next((name for name, told in verdicts.items() if told["light"] == "red"), None)
     if red and not despite:
         return (
@@ -540,20 +540,19 @@ def worse_scores(before: Model | None, after: Model) -> list[str]:
     ]
 
 
-def _scores(result: Unlearned, counts: Mapping[str, int]) -> dict[str, Any]:
+def _scores(result: Unlearned, recipe: Recipe, rows: Mapping[str, Sequence[Example]]) -> dict[str, Any]:
     """Return the answer probability of each request's rows, of the models that were asked.
 
-    `counts`: rows of each request, in the order in which the list of the set names their files.
+    The run asks once what stands in several requests, and draws of too many rows; one asked counts for each.
     """
-    shown, scores, start = ("target", "base", "unlearned"), dict[str, Any](), 0
-    for name, count in counts.items():
-        places = range(start, start + count)
-        start += count
-        scores[name] = {}
-        for model in shown:
-            asked = result.outcomes.get(model, {}).get("forget", ())
-            own: list[Outcome] = [outcome for outcome in asked if outcome.row in places]
-            if own:
+    every = read_examples(recipe.data.forget, columns=recipe.data.columns)
+    drawn = at_most(every, recipe.evaluation.max_rows, seed=recipe.seed + 1)
+    scores: dict[str, Any] = {name: {} for name in rows}
+    for model in ("target", "base", "unlearned"):
+        outcomes = result.outcomes.get(model, {}).get("forget", ())
+        asked = {example.key: outcome for example, outcome in zip(drawn, outcomes, strict=False)}
+        for name, examples in rows.items():
+            if own := [asked[example.key] for example in examples if example.key in asked]:
                 score = score_outcomes(own, names=[ASKED])[ASKED]
                 scores[name][model] = {fact: getattr(score, fact) for fact in ("value", "low", "high", "n")}
     return {name: found for name, found in scores.items() if "unlearned" in found}

@@ -329,7 +329,9 @@ class Standing:
         return "located" if request.located else "received"
 
     def made_for(self, name: str) -> Model | None:
-        """Return the model made last for a request; None where none was."""
+        """Return the model that a request's state speaks of: the served, or the one made last for it."""
+        if name in self.erased:
+            return self.served
         return next((model for model in reversed(self.models) if name in model.requests), None)
 
     def verdict(self, request: Request) -> Mapping[str, Any] | None:
@@ -350,15 +352,15 @@ def standing(events: Iterable[Event]) -> Standing:
 def _follow(now: Standing, event: Event) -> None:
     """Change what stands as an event of this kind does."""
     name, facts = event.request, event.facts
+    days = {day: date.fromisoformat(facts[day]) for day in ("received", "due") if day in facts}
     about = [model for model in now.models if model.fingerprint == event.after]
     match event.kind:
         case "configured":
             now.recipe, now.policy, now.target = facts["recipe"], facts["policy"], facts["target"]
         case "added":
-            days = {day: date.fromisoformat(facts[day]) for day in ("received", "due")}
             now.requests[name] = Request(name, **{**facts, **days, "hashes": tuple(facts["hashes"])})
-        case "rows moved":
-            now.requests[name].location = facts["location"]
+        case "rows moved" | "changed":
+            now.requests[name] = replace(now.requests[name], **{**facts, **days})
         case "located":
             now.requests[name].located = facts
         case "carried out":

@@ -130,6 +130,7 @@ def told(event: Event) -> str:
         "configured": lambda: f"target {model}",
         "added": lambda: f"{event.request}: {facts['rows']} rows, due {facts['due']}",
         "rows moved": lambda: f"{event.request}: {facts['location']}",
+        "changed": lambda: f"{event.request}: {', '.join(f'{k} {v}' for k, v in facts.items())}",
         "located": lambda: f"{event.request}: base {facts['base']}",
         "carried out": lambda: f"model {model} for {', '.join(facts['requests']) or 'no request'}",
         "audited": lambda: f"{event.request or 'all'} on model {model}: {facts['code']}",

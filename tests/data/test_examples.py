@@ -151,7 +151,9 @@ def test_columns_are_parsed() -> None:
     assert parse_columns("question=q, answer = a b") == {"question": "q", "answer": "a b"}
 
 
-@pytest.mark.parametrize("text", ["", "question", "question=", "reply=a", "text=a,text=b", "text=a,"])
+@pytest.mark.parametrize(
+    "text", ["", "question", "question=", "reply=a", "text=a,text=b", "question=a,answer=a", "text=a,"]
+)
 def test_bad_columns_name_the_roles(text: str) -> None:
     with pytest.raises(
         RecipeError, match=r"question and answer \(and input\), prompt and completion, messages, or text"

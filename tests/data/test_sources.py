@@ -1,6 +1,7 @@
 """Files are told apart by their bytes, and broken ones give one helpful sentence."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -158,6 +159,8 @@ def test_truncated_parquet_is_an_error() -> None:
 def test_wrong_encoding_names_the_byte() -> None:
     with pytest.raises(DataError, match=r"not UTF-8 text \(byte 0xe9 at offset 3\)"):
         parse("café".encode("latin-1"))
+    with pytest.raises(DataError, match="it is packed or binary, so unpack or export it"):
+        parse(gzip.compress(b'{"text": "a"}\n' * 9))
 
 
 def test_binary_content_is_not_a_document() -> None:

@@ -134,9 +134,11 @@ def _decode(content: bytes, name: str) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte = content[error.start]
+        byte, do = content[error.start], "save it as UTF-8"
+        if content.startswith((b"\x1f\x8b", b"PK", b"ARROW1", b"\xff\xff\xff\xff", b"BZh", b"\xfd7zXZ")):
+            do = "it is packed or binary, so unpack or export it"
         raise DataError(
-            f"{name} is not UTF-8 text (byte 0x{byte:02x} at offset {error.start}); save it as UTF-8"
+            f"{name} is not UTF-8 text (byte 0x{byte:02x} at offset {error.start}); {do}"
         ) from error
     if "\0" in text:
         offset = content.index(b"\0")
@@ -335,10 +337,10 @@ def parse_columns(text: str) -> dict[str, str]:
     columns: dict[str, str] = {}
     for part in text.split(","):
         role, _, name = (piece.strip() for piece in part.partition("="))
-        if role not in ROLES or not name or role in columns:
+        if role not in ROLES or not name or role in columns or name in columns.values():
             raise RecipeError(
                 f"columns has {part.strip()!r}; write ROLE=NAME pairs with commas between them, each role "
-                f"once, where the roles are {_KNOWN_ROLES}"
+                f"and name once, where the roles are {_KNOWN_ROLES}"
             )
         columns[role] = name
     return columns

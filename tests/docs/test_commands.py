@@ -24,7 +24,7 @@ RUN = [
     *[(f"{name}.md",) for name in ("doctor", "influence", "requests", "signing")],
 ]
 """Pages whose commands run in one folder, one page after the other."""
-LONG = ("influence.md", "requests.md")
+LONG = ("influence.md", "requests.md", "signing.md")
 RECIPE = """
 models = { target = "TARGET", base = "BASE" }
 data = { forget = "forget.jsonl" }

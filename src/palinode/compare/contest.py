@@ -345,15 +345,10 @@ def train_part(ground: Ground, part: SearchPart) -> tuple[Trained, dict[str, Any
         for run in training.values():
             run.pop("seen_retain", None)
             run.pop("curve", None)
-        facts = {
-            "epochs": part.recipe.training.epochs,
-            "training": training,
-            "steps": sum(run["steps"] for run in training.values()),
-            "tokens": sum(run["tokens"] for run in training.values()),
-            "seconds": round(sum(run["seconds"] for run in training.values()), 1),
-            "peak_bytes": most,
-            "keys": [*made.steps.values()],
-        }
+        units = ("steps", "tokens", "seconds")
+        total = {unit: round(sum(run[unit] for run in training.values()), 1) for unit in units}
+        facts = {"epochs": part.recipe.training.epochs, "training": training, **total}
+        facts |= {"peak_bytes": most, "keys": [*made.steps.values()]}
         cost.finish(facts)
     return made, facts
 

@@ -279,17 +279,10 @@ def _ask_model(
         model = load_reader(checkpoint, device=device, precision=settings.precision)
         general: dict[str, Score] = {}
         if settings.general:  # first, because it may be refused
-            found = general_ability(
-                model,
-                tokenizer,
-                settings.general,
-                limit=settings.most_questions,
-                seed=settings.seed,
-                include=settings.general_include,
-            )
-            general = {
-                f"{task} {metric}": score for task, group in found.items() for metric, score in group.items()
-            }
+            tasks, most, include = settings.general, settings.most_questions, settings.general_include
+            found = general_ability(model, tokenizer, tasks, limit=most, seed=settings.seed, include=include)
+            for task, group in found.items():
+                general |= {f"{task} {metric}": score for metric, score in group.items()}
         notes = _notes(exam.sets, tokenizer, settings.against)
         if forget := exam.sets.get(FORGET):  # known far better where they are asked otherwise?
             style, length = forget.style or PromptStyle(), forget.asking.max_length
@@ -330,18 +323,12 @@ def _ask_live(
     label: str,
     listener: Listener | None,
 ) -> dict[str, list[Outcome]]:
-    return {
-        name: ask(
-            model,
-            tokenizer,
-            cut_answers(questions, tokenizer),
-            questions.asking,
-            style=questions.style,
-            label=f"{label}, {name}",
-            listener=listener,
-        )
-        for name, questions in sets.items()
-    }
+    outcomes = {}
+    for name, questions in sets.items():
+        asked, asking, style = cut_answers(questions, tokenizer), questions.asking, questions.style
+        here = f"{label}, {name}"
+        outcomes[name] = ask(model, tokenizer, asked, asking, style=style, label=here, listener=listener)
+    return outcomes
 
 
 def cut_answers(questions: QuestionSet, tokenizer: PreTrainedTokenizerBase) -> list[Question]:

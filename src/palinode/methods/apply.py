@@ -38,39 +38,25 @@ def apply(
     "retain".
     """
     settings = settings or ApplySettings()
-    point, along = formula_of(
-        target,
-        base,
-        forget_model,
-        retain_model,
-        forget_scale=forget_scale,
-        retain_scale=retain_scale,
-        allow_pickle=settings.allow_pickle,
-    )
-    return save(
-        point,
-        Path(output),
-        **settings.model_dump(exclude={"allow_pickle"}),
-        along=along,
-        divided=True,
-        on_progress=on_progress,
-    )
+    scales = (forget_scale, retain_scale)
+    point, along = formula_of(target, base, forget_model, retain_model, scales, settings.allow_pickle)
+    how = settings.model_dump(exclude={"allow_pickle"})
+    return save(point, Path(output), **how, along=along, divided=True, on_progress=on_progress)
 
 
 def formula_of(
     target: Model,
     base: Model | None,
     forget_model: Model | Direction,
-    retain_model: Model | Direction | None = None,
-    *,
-    forget_scale: float,
-    retain_scale: float,
-    allow_pickle: bool = False,
+    retain_model: Model | Direction | None,
+    scales: tuple[float, float],
+    allow_pickle: bool,
 ) -> tuple[WeightedSum, Mapping[str, Direction]]:
     """Return the unlearned point, and the directions that its dose is measured along.
 
-    Raises RecipeError for scales that cannot be, or models that are missing.
+    `scales` are α and β. Raises RecipeError for scales that cannot be, or models that are missing.
     """
+    forget_scale, retain_scale = scales
     if min(forget_scale, retain_scale) < 0:
         raise RecipeError(
             f"the scales are {forget_scale:g} and {retain_scale:g}, but must not be negative: the formula "

@@ -279,15 +279,10 @@ class _Planner:
         if run.objective is None:
             return anchors
         material, epochs = run.material, self.recipe.training.epochs
-        mean = {
-            role: sum(self._tokens(rows)) / max(1, len(rows))
-            for role, rows in material.examples.items()
-            if role != "refusal"
-        }
-        each = (
-            material.together.get(role, 1) * mean.get(role, mean[run.material.anchor])
-            for role in run.objective.reads
-        )
+        drawn = {role: rows for role, rows in material.examples.items() if role != "refusal"}
+        mean = {role: sum(self._tokens(rows)) / max(1, len(rows)) for role, rows in drawn.items()}
+        usual = mean[material.anchor]
+        each = (material.together.get(role, 1) * mean.get(role, usual) for role in run.objective.reads)
         tokens = round(epochs * len(run.anchors) * sum(each))
         return PlannedStep(run.label, tokens, anchors.seconds * max(1.0, tokens / max(1, anchors.tokens)))
 
@@ -373,11 +368,9 @@ class _Planner:
             return PlannedStep(label, grid * tokens, grid * seconds + self._puts(grid))
         unseen, unseen_seconds = self._scoring(rows.unseen) if rows.unseen else (0, 0.0)
         whole, put = points + FIRST_LOOK * grid, self._puts(points + grid)
-        return PlannedStep(
-            f"search scales: {grid} pairs at a glance, about {points} in full, in memory",
-            round(whole * tokens) + 2 * unseen,
-            whole * seconds + put + 2 * unseen_seconds,
-        )
+        label = f"search scales: {grid} pairs at a glance, about {points} in full, in memory"
+        time_taken = whole * seconds + put + 2 * unseen_seconds
+        return PlannedStep(label, round(whole * tokens) + 2 * unseen, time_taken)
 
     def _puts(self, count: int) -> float:
         """Return the seconds in which so many sums are put into memory: read each time, or held there."""
@@ -385,9 +378,7 @@ class _Planner:
         if self.on_cpu:
             return count * read
         operands = (2 + 4) * self.parameters  # the target, and a vector in float32
-        room = (
-            self.held[-1].device + operands < (1 - ROOM) * self.machine.kind.memory if self.machine else True
-        )
+        room = not self.machine or self.held[-1].device + operands < (1 - ROOM) * self.machine.kind.memory
         return read + count * (SUMMED * self.parameters / self.memory_rate + (not room) * operands / HOST_BUS)
 
     def _evaluation(self, models: int) -> PlannedStep:
@@ -416,12 +407,10 @@ class _Planner:
             sums = (4 if self.machine else 8) * sum(width**2 for width in self.widths) / deep
             yield self._reading("measure inputs", 4, sums + 4 * wide * sum(self._tokens(read)))
         heads = int(self.config.get("num_attention_heads", 1))
-        kept = int(self.config.get("num_key_value_heads") or heads) * (
-            self.config.get("head_dim") or wide // heads
-        )
-        cache = (
-            2 * deep * kept * evaluation.batch_rows * (longest + evaluation.max_new_tokens) * self.itemsize
-        )
+        each = self.config.get("head_dim") or wide // heads
+        kept = int(self.config.get("num_key_value_heads") or heads) * each
+        cached = evaluation.batch_rows * (longest + evaluation.max_new_tokens)
+        cache = 2 * deep * kept * cached * self.itemsize
         logits = 8 * int(self.config.get("vocab_size", 32_000)) * evaluation.batch_rows * longest
         yield self._reading("read", self.itemsize, min(2 * LOGIT_BYTES, logits) + cache)
 
@@ -465,11 +454,9 @@ class _Planner:
             yield "Not built: Palinode shards training on devices alone, and spreads no model that it reads."
         if self.machine is None or self.held[0].phase != "fine-tune" or self.held[0].fits(self.machine):
             return
-        narrow = LoraSettings(rank=16, base="bfloat16")
-        for what, lora in (
-            ("vectors of all weights", None),
-            ("an adapter (--lora 16, base bfloat16)", narrow),
-        ):
+        adapter = LoraSettings(rank=16, base="bfloat16")
+        ways = {"vectors of all weights": None, "an adapter (--lora 16, base bfloat16)": adapter}
+        for what, lora in ways.items():
             counts = (replace(self.machine, count=2**power) for power in range(13))
             found = ((m.count, way.way) for m in counts for way in self._ways(m, lora) if way.fits(m))
             count, way = next(found, (0, ""))

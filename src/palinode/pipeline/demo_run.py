@@ -101,10 +101,8 @@ def demo(
         three = {"target": models.target, "base": models.base, "retrained": models.retrained}
         rows = {"forget": models.forget, "retain": models.retain, "holdout": models.holdout}
         places, own = {name: model.folder for name, model in three.items()}, {"seed": seed, **settings}
-        done, plain = (
-            unlearned(folder, name, method, places, rows, own, listener)
-            for method, name in (("msa", "unlearned"), ("task_vector", "task_vector"))
-        )
+        done = unlearned(folder, "unlearned", "msa", places, rows, own, listener)
+        plain = unlearned(folder, "task_vector", "task_vector", places, rows, own, listener)
     path = folder / "record.json"
     if not (done.finished_before and plain.finished_before and path.exists()):
         write_json(path, _record(world, done, plain, seed, time.monotonic() - started))
@@ -518,14 +516,9 @@ def _true_steps(models: SeriesModels, name: str) -> list[set[tuple[int, bool]]]:
     for example in read_examples(models.requests[name]):
         (turn,) = example.turns
         near = replace(example, turns=(replace(turn, content=f"{MARK} {turn.content}"),))
-        found.append(
-            {
-                (step, copy)
-                for text, copy in ((example, False), (near, True))
-                if text.key in numbers
-                for step in models.truth[numbers[text.key]]
-            }
-        )
+        places = [(numbers.get(example.key), False), (numbers.get(near.key), True)]
+        steps = {(step, copy) for row, copy in places if row is not None for step in models.truth[row]}
+        found.append(steps)
     return found
 
 
@@ -549,14 +542,9 @@ def _unlearn_all(
         with holding(COMMAND, f"palinode demo --locate --seed {seed}"):
             done = unlearned(folder, f"unlearned/step{step}", method, places, rows, own, listener)
         people = len(world.early) + len(world.middle)  # the retain rows are theirs, then the general facts
-        found.append(
-            {
-                "step": step,
-                "method": method,
-                "seen": sum(any(seen <= step for seen, _ in steps) for steps in truth),
-                **{name: matches(done.outcomes[name], people) for name in ("base", "target", "unlearned")},
-                "scales": {name: done.record["scales"][name] for name in ("forget", "retain")},
-                "kept_rule": done.record["scales"]["kept_rule"],
-            }
-        )
+        seen = sum(any(before <= step for before, _ in steps) for steps in truth)
+        matched = {name: matches(done.outcomes[name], people) for name in ("base", "target", "unlearned")}
+        scales = {name: done.record["scales"][name] for name in ("forget", "retain")}
+        rung = {"step": step, "method": method, "seen": seen, **matched, "scales": scales}
+        found.append({**rung, "kept_rule": done.record["scales"]["kept_rule"]})
     return found

@@ -228,16 +228,11 @@ def _gap_panel(onset: Mapping[str, Any], across: Ruler) -> Figure:
 def plan_brief(record: Mapping[str, Any]) -> list[Block]:
     """Return what the terminal shows: the schedules, and what is recommended."""
     schedules = record["schedules"]
-    rows = [
-        [
-            one["name"],
-            str(len(one["kept"])),
-            f"{one['expected']:,.0f}",
-            f"{one['worst']:,}",
-            _short(one["bytes"], (" TB", " GB", " MB"), f"{one['bytes'] / 1000:,.3g} kB"),
-        ]
-        for one in schedules
-    ]
+    rows = []
+    for one in schedules:
+        size = _short(one["bytes"], (" TB", " GB", " MB"), f"{one['bytes'] / 1000:,.3g} kB")
+        distances = (f"{one['expected']:,.0f}", f"{one['worst']:,}")
+        rows.append([one["name"], str(len(one["kept"])), *distances, size])
     head = ["schedule", "kept", "expected distance", "worst", "storage"]
     best = schedules[0]
     kept = ", ".join(f"{step:,}" for step in best["kept"])
@@ -283,16 +278,11 @@ def demo_brief(record: Mapping[str, Any]) -> list[Block]:
     for point in record["rungs"]:
         after, scales = point["unlearned"], point["scales"]
         note = "recommended" if point["step"] == best else ""
-        tried.append(
-            [
-                f"step {point['step']:,}",
-                str(point["seen"]),
-                f"{after['forget']:.2f}",
-                f"{after['others']:.2f}",
-                f"{scales['forget']:g}, {scales['retain']:g}{'' if point['kept_rule'] else ' *'}",
-                "the target (task vector)" if point["method"] == "task_vector" else note,
-            ]
-        )
+        if point["method"] == "task_vector":
+            note = "the target (task vector)"
+        matched = (f"{after['forget']:.2f}", f"{after['others']:.2f}")
+        pair = f"{scales['forget']:g}, {scales['retain']:g}{'' if point['kept_rule'] else ' *'}"
+        tried.append([f"step {point['step']:,}", str(point["seen"]), *matched, pair, note])
     kept = all(point["kept_rule"] for point in record["rungs"])
     broken = "* no pair of scales kept enough of the others; the one that breaks the rule least"
     head = ["checkpoint", "seen", "forget people", "others", "α, β", ""]

@@ -329,11 +329,9 @@ def tradeoff_figure(content: Mapping[str, Any]) -> Figure | None:
     """
     above, band = "answer probability on the retain set", None
     if table := content.get("table"):
-        probes = {model: at(table, "models", model, "probes") or {} for model in MODELS}
-        pairs = {
-            model: [{"value": probe.get(name)} for name in ("forget", "retain")]
-            for model, probe in probes.items()
-        }
+        both = ("forget", "retain")
+        probes = {model: at(table, "models", model, "probes") for model in MODELS}
+        pairs = {model: [{"value": at(probe, name)} for name in both] for model, probe in probes.items()}
         traces = _contestant_traces(table) + _model_traces(pairs, "retain", "--ink", size=14)
     else:
         tried = at(content, "scales", "points") or ()
@@ -396,17 +394,13 @@ def _contestant_traces(table: Mapping[str, Any]) -> list[Trace]:
     traces = []
     for place, entry in enumerate(table.get("contestants") or ()):
         colour, symbol = PALETTE[place % len(PALETTE)], FORMS[place % len(FORMS)]
-        marks = [
-            Mark(
-                point["forget_probability"],
-                point["retain_probability"],
-                _point_lines(point, entry["name"]),
-                symbol=symbol if point["chosen"] else f"{symbol}-open",
-                size=16 if point["chosen"] else 8,
-            )
-            for point in entry["points"]
-            if point.get("retain_probability") is not None
-        ]
+        marks = []
+        for point in entry["points"]:
+            if point.get("retain_probability") is not None:
+                x, y = point["forget_probability"], point["retain_probability"]
+                said = _point_lines(point, entry["name"])
+                shape, size = (symbol, 16) if point["chosen"] else (f"{symbol}-open", 8)
+                marks.append(Mark(x, y, said, symbol=shape, size=size))
         traces.append(Trace(entry["name"], marks, colour, symbol))
     return traces
 
@@ -438,9 +432,7 @@ def untold(content: Mapping[str, Any], data_set: str) -> dict[str, str]:
     """Return the metrics that say nothing on a set, each with why; no picture shows them."""
     told, rows = {}, scores_on(content, data_set)
     for metric in metrics_on(content, [data_set]):
-        known = {
-            name: scores[metric] for name, scores in rows.items() if at(scores, metric, "value") is not None
-        }
+        known = {name: one[metric] for name, one in rows.items() if at(one, metric, "value") is not None}
         pair = [known[name] for name in ("target", *YARDSTICKS) if name in known][:2]
         if len({score["value"] for score in known.values()}) < min(2, len(rows)):
             told[metric] = "it is the same for all models" if known else "no model has a value"
@@ -502,13 +494,9 @@ def likelihood_figure(content: Mapping[str, Any], data_set: str) -> Figure | Non
         values, (colour, symbol) = sorted(rows[model]), _mark_of(model)
         quarters = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         mean = statistics.fmean(values)
-        said = [
-            model_label(model),
-            f"mean: {mean:.3f}",
-            f"median: {quarters[1]:.3f}",
-            f"middle half: {quarters[0]:.3f} – {quarters[2]:.3f}",
-            f"{len(values)} rows",
-        ]
+        figures = [f"mean: {mean:.3f}", f"median: {quarters[1]:.3f}"]
+        half = f"middle half: {quarters[0]:.3f} – {quarters[2]:.3f}"
+        said = [model_label(model), *figures, half, f"{len(values)} rows"]
         shown = values[:: math.ceil(len(values) / POINTS_SHOWN)]
         dots = [Mark(x, place + 0.3 * math.sin(2.4 * row), [f"{x:.3f}"]) for row, x in enumerate(shown)]
         middle = [Mark(end, place) for end in (quarters[0], quarters[2])]
@@ -561,14 +549,12 @@ def attack_figure(audit: Mapping[str, Any]) -> Figure | None:
                 continue
             sides = [at(audit, "policy", "margins", key, side) or 0 for side in ("less", "more")]
             less, more = (side or max(sides) or 1 for side in sides)
-            value, *ends = (
-                x / (more if x > 0 else less) for x in (difference["value"], *interval(difference))
-            )
+            measured = (difference["value"], *interval(difference))
+            value, *ends = (x / (more if x > 0 else less) for x in measured)
             if verdict == "within" and value and not sides[value > 0]:
                 verdict = "not judged"
-            model, beside, apart = (
-                number(finding[key]["value"]) for key in ("score", "reference", "difference")
-            )
+            parts = ("score", "reference", "difference")
+            model, beside, apart = (number(finding[part]["value"]) for part in parts)
             said = [verdict, f"model {model}, reference {beside}", f"difference {apart}"]
             marks[verdict].append(Mark(value, len(titles), said, ends))
             titles.append(fill(f"{attack['title']}: {entry['title']}", 34))

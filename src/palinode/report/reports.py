@@ -224,16 +224,11 @@ def _inputs(content: Mapping[str, Any]) -> Grid:
         **{model_label(name): fact for name, fact in content["models"].items()},
         **{SETS.get(name, words(name)): fact for name, fact in content["data"].items()},
     }
-    rows = [
-        [
-            name,
-            str(fact.get("location") or DASH),
-            str(fact.get("fingerprint") or DASH),
-            integer(fact.get("rows") or fact.get("parameters")),
-        ]
-        for name, fact in inputs.items()
-        if fact
-    ]
+    rows = []
+    for name, fact in inputs.items():
+        if fact:
+            known = (str(fact.get(key) or DASH) for key in ("location", "fingerprint"))
+            rows.append([name, *known, integer(fact.get("rows") or fact.get("parameters"))])
     return Grid("Models and data", ["what", "where", "fingerprint", "rows or weights"], rows, text_columns=3)
 
 

@@ -384,30 +384,22 @@ def _part_grid(content: Mapping[str, Any]) -> Grid:
         found, asked = at(stored, part, "effective", name), at(content, "scales", name)
         return percent(found / asked if found is not None and asked else None)
 
-    rows: list[Row] = [
-        [
-            part,
-            *(number(at(found, name, "norm")) for name in names),
-            number(at(found, "cosine")),
-            *(share(part, name) for name in names),
-        ]
-        for part, found in vectors.items()
-    ]
+    rows: list[Row] = []
+    for part, found in vectors.items():
+        lengths = [number(at(found, name, "norm")) for name in names]
+        shares = [share(part, name) for name in names]
+        rows.append([part, *lengths, number(at(found, "cosine")), *shares])
     head = ["part", *(f"{name} length" for name in names), "cosine", *(f"{name} arrived" for name in names)]
     return Grid("By part of the model", head, rows, folded=True)
 
 
 def _cost_section(content: Mapping[str, Any]) -> list[Section]:
-    rows: list[Row] = [
-        [
-            TRAININGS.get(name, words(name)),
-            *(integer(run.get(key)) for key in ("rows", "steps", "tokens")),
-            *(number(run.get(key)) for key in ("first_loss", "last_loss")),
-            integer(run.get("seconds")),
-        ]
-        for name, run in (content.get("training") or {}).items()
-        if run
-    ]
+    rows: list[Row] = []
+    for name, run in (content.get("training") or {}).items():
+        if run:
+            counts = [integer(run.get(key)) for key in ("rows", "steps", "tokens")]
+            losses = [number(run.get(key)) for key in ("first_loss", "last_loss")]
+            rows.append([TRAININGS.get(name, words(name)), *counts, *losses, integer(run.get("seconds"))])
     head = ["fine-tuning on", "rows", "steps", "tokens", "first loss", "last loss", "seconds"]
     peak = at(content, "environment", "peak_memory_bytes")
     return section(

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -34,9 +35,9 @@ def main() -> None:
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         if getattr(sys, name) is None:  # it is closed, and would lend its number to the next file
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
+    for stream in (sys.stdin, sys.stdout):  # a terminal without Greek letters is no reason to fail
+        with suppress(AttributeError, io.UnsupportedOperation):  # it is no file, or was read from already
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         code = _call()
     except KeyboardInterrupt:  # before the parser was there to take it

@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## Unlearn invented people from a tiny model (ARGS="--seed 1"
 	@$(BIN)/palinode demo $(ARGS)
 
 test: $(INSTALLED) ## Run the tests (ARGS="-k world" adds options)
-	@$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile $(ARGS)
+	@$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: $(INSTALLED) ## Read 10,000 damaged files, minutes (ARGS="--cases 100 --only jsonl --seed 7" repeats some)
 	@$(BIN)/python tests/fuzz/run.py $(ARGS)

@@ -266,9 +266,14 @@ def test_where_nothing_is_subtracted_no_folder_looks_like_a_result(palinode, unl
     assert json.loads((tmp_path / "out" / "record.json").read_text())["verdict"]["exit_code"] == 3
 
 
+def copied(folder, place):
+    """The same model in another folder: a target that is as if it had been retrained."""
+    return shutil.copytree(folder, place / folder.name)
+
+
 def test_where_there_is_nothing_to_forget_nothing_is_trained(tiny, palinode, unlearn_words, tmp_path):
     command = unlearn_words(tmp_path / "out", target=tiny.retrained.folder, scales="grid", epochs=1)
-    command += ["--retrained", str(tiny.retrained.folder)]
+    command += ["--retrained", str(copied(tiny.retrained.folder, tmp_path))]
     said = palinode(*command, "--quiet")
     assert said.code == 3
     assert "There was nothing to forget: the target did not know the forget set" in said.out
@@ -287,7 +292,7 @@ def test_a_given_alpha_is_carried_out_where_there_is_nothing_to_forget(
     tiny, palinode, unlearn_words, tmp_path
 ):
     command = unlearn_words(tmp_path / "out", target=tiny.retrained.folder, scales="1,0", epochs=1)
-    said = palinode(*command, "--retrained", tiny.retrained.folder, "--quiet")
+    said = palinode(*command, "--retrained", copied(tiny.retrained.folder, tmp_path), "--quiet")
     assert said.code == 3
     assert told(tmp_path / "out")["card"].startswith("There was nothing to forget")
 

@@ -291,10 +291,11 @@ class _Reader:
         if self.style.whole_ending and self.template is not None:
             last = self.ids([written])[0][-1:]
             return written, [] if last == [self.end_of_sequence] else [self.end_of_sequence]
-        for text in (written, self.template.around_answers()[2] if self.template else ""):
-            turn = self._first_special(text)
-            if turn is not None and (text is written or turn != self.tokenizer.bos_token):
-                return text[: text.index(turn) + len(turn)], []
+        if (turn := self._first_special(written)) is not None:
+            return written[: written.index(turn) + len(turn)], []
+        later = self.template.around_answers()[2] if self.template else ""
+        if (turn := self._first_special(later)) not in (None, self.tokenizer.bos_token):
+            return later[: later.index(str(turn)) + len(str(turn))], []
         return written.rstrip(), [self.end_of_sequence]
 
     def _first_special(self, written: str) -> str | None:
